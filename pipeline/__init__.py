@@ -1,0 +1,1 @@
+"""Gammaray: image-text pretraining on Ray with a contrastive loss that gathers no features."""

@@ -1,0 +1,557 @@
+"""A procedural image-text set: coloured shapes on a light background, with true captions.
+
+It stands in for a downloaded set in examples and tests. Every row follows from
+``(seed, split, row)`` alone, so a smaller set is a prefix of a larger one.
+
+Coordinates are whole pixels in a 64 x 64 frame, x to the right and y downwards, measured along
+pixel edges: (0, 0) is the top left corner of the picture and (32, 32) its centre.
+"""
+
+import io
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageDraw
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
+COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "gray")
+SIZES = ("small", "large")
+SPLITS = ("train", "val", "test")
+
+# (color, shape) pairs that train and val never show: one per shape, no color twice, so that
+# every color and every shape keeps at least five sixths of its pairs in train.
+HELD_OUT = (
+    ("green", "circle"),
+    ("yellow", "square"),
+    ("orange", "triangle"),
+    ("red", "star"),
+    ("purple", "cross"),
+    ("blue", "diamond"),
+)
+SEEN = tuple(
+    (color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in HELD_OUT
+)
+
+IMAGE_SIZE = 64
+RGB = {
+    "red": (215, 40, 45),
+    "green": (40, 155, 60),
+    "blue": (40, 75, 220),
+    "yellow": (240, 212, 35),
+    "purple": (145, 45, 175),
+    "orange": (243, 132, 25),
+    "cyan": (40, 200, 215),
+    "gray": (118, 118, 118),
+}
+
+# Raise it whenever the same (rows, seed) would give other rows: write_demo then replaces old sets.
+VERSION = 1
+SHARD_ROWS = 4096
+ROW_GROUP_ROWS = 256
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("shape", pa.string()),
+        pa.field("color", pa.string()),
+        pa.field("size", pa.string()),
+        pa.field("num_objects", pa.int32(), nullable=False),
+        pa.field("held_out", pa.bool_(), nullable=False),
+        pa.field("scene", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+    ]
+)
+
+_RECORD_NAME = "demo.json"
+_SUPERSAMPLING = 3
+_COLOR_JITTER = 10
+_NOISE = 4
+_RADII = {"small": (6, 8), "large": (12, 15)}
+_EDGE_MARGIN = 1
+_GAP = 2
+_DOMINANCE = 2
+_LAYOUT_TRIES = 256
+_MAX_EVAL_ROWS = 1000
+_T = TypeVar("_T")
+
+# Ranges of an object's centre that count as low, middle and high on one axis. The gaps between
+# them keep a named place clear of its neighbours.
+_BANDS = ((0, 22), (28, 36), (42, IMAGE_SIZE))
+_PLACES = (
+    ("top left", "top", "top right"),
+    ("left", "center", "right"),
+    ("bottom left", "bottom", "bottom right"),
+)
+_PLACE_PHRASES = {
+    "top left": ("in the top left", "in the upper left corner"),
+    "top": ("at the top", "in the top middle"),
+    "top right": ("in the top right", "in the upper right corner"),
+    "left": ("on the left", "on the left side"),
+    "center": ("in the center", "in the middle"),
+    "right": ("on the right", "on the right side"),
+    "bottom left": ("in the bottom left", "in the lower left corner"),
+    "bottom": ("at the bottom", "in the bottom middle"),
+    "bottom right": ("in the bottom right", "in the lower right corner"),
+}
+_RELATION_PHRASES = {
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "above": ("above",),
+    "below": ("below",),
+}
+_ONE_TEMPLATES = (
+    "{a} {place}",
+    "{place} there is {a}",
+    "there is {a} {place}",
+    "a picture of {a} {place}",
+    "{a} is {place} of the picture",
+    "{place} of the image, {a}",
+)
+_TWO_TEMPLATES = (
+    "{a} {relation} {b}",
+    "{a} is {relation} {b}",
+    "there is {a} {relation} {b}",
+    "a picture of {a} {relation} {b}",
+    "{relation} {b} there is {a}",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SceneObject:
+    """One shape. It lies within ``x`` +- ``radius`` and ``y`` +- ``radius`` (pixels)."""
+
+    shape: str
+    color: str
+    size: str
+    x: int
+    y: int
+    radius: int
+    rgb: tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scene:
+    """All that a picture shows: 1 to 3 objects, and the background's RGB tint and noise seed."""
+
+    objects: tuple[SceneObject, ...]
+    background: tuple[int, int, int]
+    noise_seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoSummary:
+    """What ``write_demo`` left in ``out``: rows per split and bytes of Parquet, in ``seconds``.
+
+    ``created`` is False when the set was there already.
+    """
+
+    out: Path
+    rows: dict[str, int]
+    bytes: int
+    seconds: float
+    created: bool
+
+
+def sample_scene(rng: np.random.Generator, allow_held_out: bool) -> Scene:
+    """Sample 1 to 3 objects that do not overlap and differ pairwise in color or shape.
+
+    With ``allow_held_out`` every second scene, on average, has one object from HELD_OUT; without
+    it no scene has. One object always has a place (see ``place``), two always have a relation,
+    and among three at least two pairs have one (see ``relations``).
+    """
+    draw_count = rng.random()
+    count = 1 if draw_count < 0.40 else 2 if draw_count < 0.85 else 3
+    pairs = [SEEN[i] for i in rng.choice(len(SEEN), size=count, replace=False)]
+    if allow_held_out and rng.random() < 0.5:
+        pairs[rng.integers(count)] = HELD_OUT[rng.integers(len(HELD_OUT))]
+    sizes = [SIZES[i] for i in rng.integers(len(SIZES), size=count)]
+    layout = _sample_place(rng, sizes[0]) if count == 1 else _sample_layout(rng, sizes)
+    jitter = rng.integers(-_COLOR_JITTER, _COLOR_JITTER + 1, size=(count, 3))
+    objects = tuple(
+        SceneObject(
+            shape=shape,
+            color=color,
+            size=size,
+            x=x,
+            y=y,
+            radius=radius,
+            rgb=_rgb(np.add(RGB[color], offset)),
+        )
+        for (color, shape), size, (x, y, radius), offset in zip(
+            pairs, sizes, layout, jitter, strict=True
+        )
+    )
+    return Scene(
+        objects=objects,
+        background=_rgb(rng.integers(232, 251, size=3)),
+        noise_seed=int(rng.integers(2**31)),
+    )
+
+
+def place(thing: SceneObject) -> str | None:
+    """Name the ninth of the picture that clearly holds the object's centre, None if none does."""
+    row, column = _band(thing.y), _band(thing.x)
+    return None if row is None or column is None else _PLACES[row][column]
+
+
+def relation(a: SceneObject, b: SceneObject) -> str | None:
+    """Say where ``a`` is seen from ``b``: the word w such that "a w b" is clearly true.
+
+    It is None for a diagonal pair, where the longer offset is less than twice the shorter one.
+    """
+    dx, dy = a.x - b.x, a.y - b.y
+    if abs(dx) >= _DOMINANCE * abs(dy):
+        return "left of" if dx < 0 else "right of"
+    if abs(dy) >= _DOMINANCE * abs(dx):
+        return "above" if dy < 0 else "below"
+    return None
+
+
+def relations(scene: Scene) -> list[tuple[int, str, int]]:
+    """List every clear relation (i, word, j), hence both (i, word, j) and (j, inverse, i)."""
+    count = len(scene.objects)
+    words = (
+        (i, relation(scene.objects[i], scene.objects[j]), j)
+        for i in range(count)
+        for j in range(count)
+        if i != j
+    )
+    return [(i, word, j) for i, word, j in words if word is not None]
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Tell whether any object is of a color and shape from HELD_OUT."""
+    return any((thing.color, thing.shape) in HELD_OUT for thing in scene.objects)
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Word one true caption that names size, color and shape of every object.
+
+    ``rng`` picks the wording, and for several objects which of the clear relations to tell.
+    """
+    if len(scene.objects) == 1:
+        return _caption_one(scene, rng)
+    if len(scene.objects) == 2:
+        return _caption_two(scene, rng)
+    return _caption_three(scene, rng)
+
+
+def draw(scene: Scene) -> Image.Image:
+    """Draw the scene as an RGB picture of 64 x 64 pixels."""
+    side = IMAGE_SIZE * _SUPERSAMPLING
+    canvas = Image.new("RGB", (side, side), scene.background)
+    pen = ImageDraw.Draw(canvas)
+    for thing in scene.objects:
+        _draw_object(pen, thing)
+    pixels = np.asarray(canvas.reduce(_SUPERSAMPLING), dtype=np.int16)
+    noise = np.random.default_rng(scene.noise_seed).integers(
+        -_NOISE, _NOISE + 1, size=(IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.int16
+    )
+    return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
+
+
+def encode_jpeg(image: Image.Image) -> bytes:
+    """Encode a picture as JPEG at quality 92 without chroma subsampling."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=92, subsampling=0)
+    return buffer.getvalue()
+
+
+def scene_json(scene: Scene) -> str:
+    """Write the scene graph as JSON: ``{"objects": [...], "relations": [[i, word, j], ...]}``.
+
+    Each object has shape, color, size, x, y and radius; i and j index ``objects``.
+    """
+    objects = [
+        {
+            "shape": thing.shape,
+            "color": thing.color,
+            "size": thing.size,
+            "x": thing.x,
+            "y": thing.y,
+            "radius": thing.radius,
+        }
+        for thing in scene.objects
+    ]
+    return json.dumps({"objects": objects, "relations": relations(scene)}, separators=(",", ":"))
+
+
+def split_rows(rows: int) -> dict[str, int]:
+    """Rows of each split: ``rows`` in train, and a twentieth, 500 to 1000, in val and in test.
+
+    Below 500 rows all splits have the same size.
+    """
+    held_back = min(_MAX_EVAL_ROWS, max(rows // 20, min(rows, 500)))
+    return {"train": rows, "val": held_back, "test": held_back}
+
+
+def make_row(split: str, row: int, seed: int) -> dict[str, object]:
+    """Make one row, a value for each column of SCHEMA, from nothing but its arguments."""
+    rng = np.random.default_rng([seed, SPLITS.index(split), row])
+    scene = sample_scene(rng, allow_held_out=split == "test")
+    text = caption(scene, rng)
+    only = scene.objects[0] if len(scene.objects) == 1 else None
+    return {
+        "key": f"{split}-{row:07d}",
+        "image": encode_jpeg(draw(scene)),
+        "caption": text,
+        "shape": only.shape if only else None,
+        "color": only.color if only else None,
+        "size": only.size if only else None,
+        "num_objects": len(scene.objects),
+        "held_out": is_held_out(scene),
+        "scene": scene_json(scene),
+        "split": split,
+    }
+
+
+def write_demo(
+    out: Path,
+    rows: int,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> DemoSummary:
+    """Write ``rows`` training rows, and val and test, to ``OUT/<split>/part-<number>.parquet``.
+
+    The folder appears whole or not at all. One that already holds this very set is left alone;
+    one that holds another demo set is replaced. ``on_progress`` receives (rows done, rows in
+    all) after every row group.
+
+    Raises ValueError when ``rows`` or ``seed`` is out of range, or when ``out`` holds anything
+    but a demo set.
+    """
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, got {rows}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+    start = time.perf_counter()
+    record = {"rows": rows, "seed": seed, "version": VERSION}
+    created = _read_record(out) != record
+    if created:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as name:
+            staging = Path(name)
+            _write_set(staging / "new", record, on_progress)
+            # Another process may have written the same set meanwhile, and be reading it.
+            created = _read_record(out) != record
+            if created:
+                if out.exists():
+                    out.rename(staging / "old")
+                (staging / "new").rename(out)
+    return DemoSummary(
+        out=out,
+        rows=split_rows(rows),
+        bytes=sum(path.stat().st_size for path in out.glob("*/*.parquet")),
+        seconds=time.perf_counter() - start,
+        created=created,
+    )
+
+
+def _rgb(values: np.ndarray) -> tuple[int, int, int]:
+    red, green, blue = np.clip(values, 0, 255).tolist()
+    return red, green, blue
+
+
+def _band(center: int) -> int | None:
+    return next((i for i, (low, high) in enumerate(_BANDS) if low <= center <= high), None)
+
+
+def _sample_place(rng: np.random.Generator, size: str) -> list[tuple[int, int, int]]:
+    """Sample (x, y, radius) of a lone object, in each of the nine places alike often."""
+    radius = int(rng.integers(*_RADII[size], endpoint=True))
+    nearest = radius + _EDGE_MARGIN
+    bands = np.array(_BANDS)[rng.integers(len(_BANDS), size=2)]
+    x, y = rng.integers(
+        np.maximum(bands[:, 0], nearest),
+        np.minimum(bands[:, 1], IMAGE_SIZE - nearest),
+        endpoint=True,
+    ).tolist()
+    return [(x, y, radius)]
+
+
+def _sample_layout(rng: np.random.Generator, sizes: list[str]) -> list[tuple[int, int, int]]:
+    """Sample (x, y, radius) of two or three objects with disjoint boxes and clear relations.
+
+    Layouts are drawn many at a time because most of those with large objects do not fit.
+    """
+    count = len(sizes)
+    low, high = np.array([_RADII[size] for size in sizes]).T
+    first, second = np.array(list(combinations(range(count), 2))).T
+    while True:
+        radii = rng.integers(low, high, endpoint=True)
+        nearest = (radii + _EDGE_MARGIN)[:, None]
+        centers = rng.integers(
+            nearest, IMAGE_SIZE - nearest, size=(_LAYOUT_TRIES, count, 2), endpoint=True
+        )
+        offsets = np.abs(centers[:, first] - centers[:, second])
+        longer, shorter = offsets.max(axis=2), offsets.min(axis=2)
+        apart = longer >= radii[first] + radii[second] + _GAP
+        clear = longer >= _DOMINANCE * shorter
+        fits = apart.all(axis=1) & (clear.sum(axis=1) >= count - 1)
+        if fits.any():
+            chosen = centers[fits.argmax()].tolist()
+            return [(x, y, r) for (x, y), r in zip(chosen, radii.tolist(), strict=True)]
+
+
+def _pick(rng: np.random.Generator, options: Sequence[_T]) -> _T:
+    return options[rng.integers(len(options))]
+
+
+def _name(thing: SceneObject) -> str:
+    return f"a {thing.size} {thing.color} {thing.shape}"
+
+
+def _caption_one(scene: Scene, rng: np.random.Generator) -> str:
+    thing = scene.objects[0]
+    where = place(thing)
+    if where is None:
+        return _name(thing)
+    phrase = _pick(rng, _PLACE_PHRASES[where])
+    return _pick(rng, _ONE_TEMPLATES).format(a=_name(thing), place=phrase)
+
+
+def _caption_two(scene: Scene, rng: np.random.Generator) -> str:
+    names = [_name(thing) for thing in scene.objects]
+    clear = relations(scene)
+    if not clear:
+        return f"{names[0]} and {names[1]}"
+    i, word, j = _pick(rng, clear)
+    phrase = _pick(rng, _RELATION_PHRASES[word])
+    return _pick(rng, _TWO_TEMPLATES).format(a=names[i], relation=phrase, b=names[j])
+
+
+def _caption_three(scene: Scene, rng: np.random.Generator) -> str:
+    """Tell two relations that share one object, the hub, so that all three are tied together."""
+    names = [_name(thing) for thing in scene.objects]
+    clear = relations(scene)
+    hubs = [hub for hub in range(3) if sum(i == hub for i, _, _ in clear) == 2]
+    if not hubs:
+        return f"{names[0]}, {names[1]} and {names[2]}"
+    hub = _pick(rng, hubs)
+    words = {(i, j): _pick(rng, _RELATION_PHRASES[word]) for i, word, j in clear}
+    others = [j for j in range(3) if j != hub]
+    j, k = others if rng.random() < 0.5 else others[::-1]
+    middle, left, right = names[hub], names[j], names[k]
+    wordings = [
+        f"{left} {words[j, hub]} {middle}, which is {words[hub, k]} {right}",
+        f"{middle} {words[hub, j]} {left} and {words[hub, k]} {right}",
+    ]
+    if relation(scene.objects[hub], scene.objects[j]) == relation(
+        scene.objects[hub], scene.objects[k]
+    ):
+        wordings = [
+            f"{middle} {words[hub, j]} {left} and {right}",
+            f"{left} and {right} {words[j, hub]} {middle}",
+        ]
+    return _pick(rng, wordings)
+
+
+def _draw_object(pen: ImageDraw.ImageDraw, thing: SceneObject) -> None:
+    """Draw one object on the supersampled canvas."""
+    x, y, radius = (_SUPERSAMPLING * value for value in (thing.x, thing.y, thing.radius))
+    # PIL includes the last pixel of a box, hence the -1.
+    box = (x - radius, y - radius, x + radius - 1, y + radius - 1)
+    if thing.shape == "circle":
+        pen.ellipse(box, fill=thing.rgb)
+    elif thing.shape == "square":
+        pen.rectangle(box, fill=thing.rgb)
+    else:
+        # Vertices are pixel edges but PIL takes pixel centres, hence the half pixel.
+        points = [
+            (round(x + radius * u - 0.5), round(y + radius * v - 0.5))
+            for u, v in _OUTLINES[thing.shape]
+        ]
+        pen.polygon(points, fill=thing.rgb)
+
+
+def _star_outline() -> tuple[tuple[float, float], ...]:
+    """Outline of a five-pointed star, first point up, in units of its radius."""
+    corners = ((1.0 if i % 2 == 0 else 0.42, math.pi * (i / 5 - 0.5)) for i in range(10))
+    return tuple((length * math.cos(angle), length * math.sin(angle)) for length, angle in corners)
+
+
+def _cross_outline(arm: float) -> tuple[tuple[float, float], ...]:
+    """Outline of an upright cross whose arms are 2 * ``arm`` wide, in units of its radius."""
+    quarter = ((arm, -1.0), (arm, -arm), (1.0, -arm))
+    return (
+        *quarter,
+        *((-v, u) for u, v in quarter),
+        *((-u, -v) for u, v in quarter),
+        *((v, -u) for u, v in quarter),
+    )
+
+
+_OUTLINES = {
+    "triangle": ((0.0, -1.0), (1.0, 1.0), (-1.0, 1.0)),
+    "star": _star_outline(),
+    "cross": _cross_outline(0.34),
+    "diamond": ((0.0, -1.0), (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0)),
+}
+
+
+def _read_record(out: Path) -> dict[str, int] | None:
+    """Read what ``out`` was made from, None when it is absent or empty.
+
+    Raises ValueError when it holds anything but a demo set, since that would be lost.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    problem = ValueError(
+        f"{out} exists and is not a demo set; choose another folder or remove this one"
+    )
+    if not out.is_dir() or {path.name for path in out.iterdir()} != {_RECORD_NAME, *SPLITS}:
+        raise problem
+    try:
+        record = json.loads((out / _RECORD_NAME).read_text())
+    except ValueError:
+        raise problem from None
+    if not isinstance(record, dict) or record.keys() != {"rows", "seed", "version"}:
+        raise problem
+    return record
+
+
+def _write_set(
+    folder: Path, record: dict[str, int], on_progress: Callable[[int, int], None] | None
+) -> None:
+    """Write all splits and the record into a new folder."""
+    counts = split_rows(record["rows"])
+    total, done = sum(counts.values()), 0
+    for split, count in counts.items():
+        (folder / split).mkdir(parents=True)
+        for written in _write_split(folder / split, split, count, record["seed"]):
+            done += written
+            if on_progress is not None:
+                on_progress(done, total)
+    (folder / _RECORD_NAME).write_text(json.dumps(record) + "\n")
+
+
+def _write_split(folder: Path, split: str, count: int, seed: int) -> Iterator[int]:
+    """Write one split's shards, yielding the number of rows of each row group once written."""
+    # JPEG bytes do not compress, and no two are alike: neither zstd nor a dictionary would help.
+    text_columns = [name for name in SCHEMA.names if name != "image"]
+    compression = {"image": "none"} | dict.fromkeys(text_columns, "zstd")
+    for shard, shard_start in enumerate(range(0, count, SHARD_ROWS)):
+        shard_stop = min(shard_start + SHARD_ROWS, count)
+        with pq.ParquetWriter(
+            folder / f"part-{shard:05d}.parquet",
+            SCHEMA,
+            compression=compression,
+            use_dictionary=text_columns,
+            write_statistics=text_columns,
+        ) as writer:
+            for start in range(shard_start, shard_stop, ROW_GROUP_ROWS):
+                stop = min(start + ROW_GROUP_ROWS, shard_stop)
+                batch = [make_row(split, row, seed) for row in range(start, stop)]
+                writer.write_table(pa.Table.from_pylist(batch, schema=SCHEMA))
+                yield stop - start

@@ -1,0 +1,497 @@
+"""Ray Data streams: pieces of the order -> decoded, tokenised rows -> batches of one worker.
+
+Each training worker runs its own stream over its share of the order, with block order preserved,
+so what a worker sees is a pure function of (seed, epoch, cursor, world size). Reading, decoding
+and tokenising happen in Ray Data tasks; the worker only copies rows into batches.
+The one file that knows ray.data. Must not know: the model, the loss, the trainer.
+"""
+
+import itertools
+import queue
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, get_args
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import torch
+from numpy.typing import NDArray
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from pipeline.data import image as image_module
+from pipeline.data.layout import Catalog, as_captions, open_filesystem
+from pipeline.data.order import Cursor, Order, Piece, RowGroup, permutation
+from pipeline.data.text import Tokenizer
+
+REASONS = (*get_args(image_module.Reason), "empty_caption")
+GOOD = -1
+CHUNK_ROWS = 256  # rows decoded at once in a task
+BLOCK_BYTES = 32 * 2**20  # a decoded block: small enough for a quick first batch
+PIECES_PER_EXECUTION = 512  # read tasks planned at once; bounds the plan of a web-scale epoch
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How a row becomes arrays. `train`: random crop and drawn caption; else eval geometry."""
+
+    tokenizer: Tokenizer
+    context_length: int
+    image_size: int
+    crop_scale: tuple[float, float]
+    flip: float
+    background: tuple[int, int, int]
+    seed: int
+    train: bool
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BadRow:
+    """A dropped row: which it is, and why."""
+
+    path: str
+    row_group: int
+    row: int
+    reason: str
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """Rows of one worker. The first `rows` entries are real; an eval batch may be padded.
+
+    images [b, size, size, 3] uint8; tokens [b, length] int32. `used` holds the positions of each
+    epoch that this batch settles: its rows, and the bad rows met on the way.
+    """
+
+    images: torch.Tensor
+    tokens: torch.Tensor
+    rows: int
+    used: dict[int, NDArray[np.int64]]
+    bad: list[BadRow]
+    cut: int
+    labels: dict[str, list[str]]
+    more_tokens: list[NDArray[np.int32]]
+
+
+@dataclass(kw_only=True, slots=True)
+class Tally:
+    """Running counts of one worker's stream: rows used, captions cut, bad rows by reason."""
+
+    rows: int = 0
+    cut: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+
+    def add(self, batch: Batch) -> None:
+        """Count a batch."""
+        self.rows += batch.rows
+        self.cut += batch.cut
+        self.bad.update(row.reason for row in batch.bad)
+
+
+def make_order(catalog: Catalog, window_rows: int, seed: int, shuffle: bool = True) -> Order:
+    """Give the order of a catalog's rows."""
+    groups = tuple(
+        RowGroup(shard=shard, index=index, rows=rows)
+        for shard, item in enumerate(catalog.shards)
+        for index, rows in enumerate(item.row_groups)
+    )
+    return Order(row_groups=groups, window_rows=window_rows, seed=seed, shuffle=shuffle)
+
+
+def train_batches(
+    catalog: Catalog,
+    order: Order,
+    recipe: Recipe,
+    cursor: Cursor,
+    *,
+    world_size: int,
+    rank: int,
+    batch_size: int,
+    ingest_cpus: float,
+) -> Iterator[Batch]:
+    """Give an endless stream of full batches: what `cursor` leaves of its epochs, then the next.
+
+    Epochs follow one another without a gap; a batch may hold the end of one and the start of the
+    next. Raises `RuntimeError` when the worker's share of an epoch has no usable row at all.
+    """
+
+    def pieces() -> Iterator[Piece]:
+        for epoch in itertools.count(cursor.first_open(order.num_rows)):
+            yield from order.pieces(cursor, world_size, rank, range(epoch, epoch + 1))
+
+    blocks = _blocks(catalog, order, recipe, pieces(), world_size, ingest_cpus)
+    return _ahead(_rebatch(_guard_empty(blocks, order.num_rows), catalog, recipe, batch_size))
+
+
+def eval_batches(
+    catalog: Catalog,
+    recipe: Recipe,
+    *,
+    max_rows: int,
+    world_size: int,
+    rank: int,
+    batch_size: int,
+    ingest_cpus: float,
+) -> Iterator[Batch]:
+    """Give this rank's share of the first `max_rows` rows, once, in order; the last batch padded."""
+    order = make_order(catalog, window_rows=1024, seed=0, shuffle=False)
+    rows = min(max_rows, order.num_rows)
+    beyond = Cursor(digest=catalog.digest, used={0: ((rows, order.num_rows),)})
+    pieces = order.pieces(beyond, world_size, rank, range(1))
+    blocks = _blocks(catalog, order, recipe, pieces, world_size, ingest_cpus)
+    return _rebatch(blocks, catalog, recipe, batch_size, pad_last=True)
+
+
+def _blocks(
+    catalog: Catalog,
+    order: Order,
+    recipe: Recipe,
+    pieces: Iterator[Piece],
+    world_size: int,
+    ingest_cpus: float,
+) -> Iterator[dict[str, Any]]:
+    """Run Ray Data over `pieces`, a bounded number at a time; give decoded blocks in order."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.target_max_block_size = BLOCK_BYTES
+    # A long evaluation or checkpoint leaves the stream idle; idleness is no error.
+    context.execution_options.preserve_order = True
+    store = ray.cluster_resources().get("object_store_memory", 2**30)
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+        cpu=max(1.0, ingest_cpus / world_size), object_store_memory=0.5 * store / world_size
+    )
+    if hasattr(context, "execution_no_progress_timeout_s"):
+        context.execution_no_progress_timeout_s = -1
+    while planned := list(itertools.islice(pieces, PIECES_PER_EXECUTION)):
+        tasks = [_ReadPiece.of(catalog, order, piece, recipe.labels) for piece in planned]
+        dataset = ray.data.read_datasource(_Pieces(tasks), override_num_blocks=len(tasks))
+        dataset = dataset.map_batches(_Decode(recipe), batch_size=None, batch_format="pyarrow")
+        yield from dataset.iterator().iter_batches(
+            batch_size=None, batch_format="numpy", prefetch_batches=2
+        )
+
+
+class _Pieces(Datasource):
+    """One read task per piece."""
+
+    def __init__(self, tasks: list["_ReadPiece"]):
+        super().__init__()
+        self._tasks = tasks
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self,
+        parallelism: int,
+        per_task_row_limit: int | None = None,
+        data_context: Any = None,
+    ) -> list[ReadTask]:
+        return [
+            ReadTask(
+                task,
+                BlockMetadata(
+                    num_rows=task.rows, size_bytes=None, input_files=None, exec_stats=None
+                ),
+            )
+            for task in self._tasks
+        ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ReadPiece:
+    """Reads a piece's row groups and gives its rows, encoded, in the order of their positions."""
+
+    root: str
+    paths: tuple[str, ...]
+    piece: Piece
+    seed: int
+    shuffle: bool
+    image: str
+    caption: str
+    labels: tuple[str, ...]
+
+    @staticmethod
+    def of(catalog: Catalog, order: Order, piece: Piece, labels: tuple[str, ...]) -> "_ReadPiece":
+        return _ReadPiece(
+            root=catalog.root,
+            paths=tuple(catalog.shards[group.shard].path for group in piece.window.row_groups),
+            piece=piece,
+            seed=order.seed,
+            shuffle=order.shuffle,
+            image=catalog.columns.image,
+            caption=catalog.columns.caption,
+            labels=labels,
+        )
+
+    @property
+    def rows(self) -> int:
+        return self.piece.positions[1] - self.piece.positions[0]
+
+    def __call__(self) -> Iterator[pa.Table]:
+        window = self.piece.window
+        table = pa.concat_tables(
+            self._read(path, group)
+            for path, group in zip(self.paths, window.row_groups, strict=True)
+        )
+        rows_of_positions = permutation(self.seed, self.piece.epoch, window, self.shuffle)
+        low, high = (position - window.start for position in self.piece.positions)
+        for start in range(low, high, CHUNK_ROWS):
+            positions = np.arange(start, min(start + CHUNK_ROWS, high))
+            chunk = table.take(pa.array(rows_of_positions[positions]))
+            yield chunk.append_column("position", pa.array(positions + window.start))
+
+    def _read(self, path: str, group: RowGroup) -> pa.Table:
+        filesystem, _ = open_filesystem(self.root)
+        names = list(dict.fromkeys((self.image, self.caption, *self.labels)))
+        try:
+            with filesystem.open_input_file(path) as file:
+                table = pq.ParquetFile(file).read_row_group(group.index, columns=names)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise RuntimeError(
+                f"{path}: row group {group.index} cannot be read: {error}"
+            ) from error
+        image = table.column(self.image)
+        if pa.types.is_struct(image.type):
+            image = pa.compute.struct_field(image, "bytes")
+        columns = {
+            # Large offsets: a window of big pictures passes 2 GiB.
+            "image": image.cast(pa.large_binary()),
+            "caption": _as_list_column(table.column(self.caption)),
+            "epoch": pa.array(np.full(group.rows, self.piece.epoch, np.int64)),
+            "shard": pa.array(np.full(group.rows, group.shard, np.int64)),
+            "row_group": pa.array(np.full(group.rows, group.index, np.int64)),
+            "row": pa.array(np.arange(group.rows)),
+        }
+        for label in self.labels:
+            columns[f"label/{label}"] = table.column(label).cast(pa.string())
+        return pa.table(columns)
+
+
+def _as_list_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """One type for captions given as text or as a list of texts, so that shards may differ."""
+    target = pa.list_(pa.string())
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return column.cast(target)
+    text = column.cast(pa.string())
+    chunks = [
+        pa.ListArray.from_arrays(pa.array(np.arange(len(chunk) + 1, dtype=np.int32)), chunk)
+        for chunk in text.chunks
+    ]
+    return pa.chunked_array(chunks, type=target)
+
+
+class _Decode:
+    """Encoded rows -> arrays. A bad row stays, as zeros with its reason, until it is counted."""
+
+    def __init__(self, recipe: Recipe):
+        self._recipe = recipe
+
+    def __call__(self, table: pa.Table) -> dict[str, Any]:
+        cv2.setNumThreads(1)  # one task, one CPU
+        recipe = self._recipe
+        rows = table.num_rows
+        identity = {
+            name: table.column(name).to_numpy()
+            for name in ("epoch", "position", "shard", "row_group", "row")
+        }
+        images = np.zeros((rows, recipe.image_size, recipe.image_size, 3), dtype=np.uint8)
+        reasons = np.full(rows, GOOD, dtype=np.int8)
+        texts: list[str] = []
+        more: list[list[str]] = []
+        image_column, caption_column = table.column("image"), table.column("caption")
+        for row in range(rows):
+            rng = np.random.default_rng(
+                [
+                    recipe.seed,
+                    *(int(identity[name][row]) for name in identity if name != "position"),
+                ]
+            )
+            captions = as_captions(caption_column[row].as_py())
+            try:
+                if not captions:
+                    raise _BadCaption
+                pixels = image_module.decode(image_column[row].as_py(), recipe.background)
+            except image_module.BadImage as error:
+                reasons[row] = REASONS.index(error.reason)
+            except _BadCaption:
+                reasons[row] = REASONS.index("empty_caption")
+            else:
+                images[row] = self._geometry(pixels, rng)
+            captions = captions or [""]
+            drawn = int(rng.integers(len(captions))) if recipe.train else 0
+            texts.append(captions[drawn])
+            more.append(captions[1:])
+        tokens, cut = recipe.tokenizer.encode(texts, recipe.context_length)
+        columns = {**identity, "image": images, "tokens": tokens, "cut": cut, "reason": reasons}
+        if not recipe.train:
+            columns["more_tokens"] = self._encode_more(more)
+            for label in recipe.labels:
+                values = table.column(f"label/{label}").to_pylist()
+                columns[f"label/{label}"] = np.array(
+                    [value or "" for value in values], dtype=object
+                )
+        return columns
+
+    def _geometry(self, pixels: image_module.Pixels, rng: np.random.Generator) -> NDArray[np.uint8]:
+        recipe = self._recipe
+        if not recipe.train:
+            return image_module.eval_geometry(pixels, recipe.image_size)
+        return image_module.train_geometry(
+            pixels, recipe.image_size, recipe.crop_scale, recipe.flip, rng
+        )
+
+    def _encode_more(self, more: list[list[str]]) -> NDArray[Any]:
+        """The further captions of each row, as the bytes of an int32 [captions, length] array."""
+        cells = np.empty(len(more), dtype=object)
+        for row, captions in enumerate(more):
+            cells[row] = self._recipe.tokenizer.encode(captions, self._recipe.context_length)[
+                0
+            ].tobytes()
+        return cells
+
+
+class _BadCaption(Exception):
+    """No usable caption in a row."""
+
+
+def _guard_empty(blocks: Iterable[dict[str, Any]], num_rows: int) -> Iterator[dict[str, Any]]:
+    """Fail instead of reading forever when a whole epoch's worth of rows is bad."""
+    bad_in_a_row = 0
+    reasons: Counter[str] = Counter()
+    for block in blocks:
+        bad = block["reason"] != GOOD
+        reasons.update(REASONS[code] for code in block["reason"][bad])
+        bad_in_a_row = bad_in_a_row + int(bad.sum()) if bad.all() else 0
+        if bad_in_a_row >= num_rows:
+            raise RuntimeError(
+                f"data.train: none of {bad_in_a_row:,} rows in a row is usable "
+                f"({dict(reasons.most_common(3))}); look at the images and captions"
+            )
+        yield block
+
+
+class _Filling:
+    """A batch under construction; owns fresh arrays, since blocks are read-only shared memory."""
+
+    def __init__(self, recipe: Recipe, size: int):
+        side = recipe.image_size
+        self.images = np.zeros((size, side, side, 3), dtype=np.uint8)
+        self.tokens = np.full((size, recipe.context_length), recipe.tokenizer.pad, dtype=np.int32)
+        self.rows = 0
+        self.cut = 0
+        self.used: dict[int, list[NDArray[np.int64]]] = {}
+        self.bad: list[BadRow] = []
+        self.labels: dict[str, list[str]] = {name: [] for name in recipe.labels}
+        self.more_tokens: list[NDArray[np.int32]] = []
+        self._length = recipe.context_length
+
+    def take(self, block: dict[str, Any], start: int, catalog: Catalog) -> int:
+        """Copy rows of `block` from `start` on until full; give the row after the last one taken."""
+        reasons = block["reason"]
+        free = len(self.images) - self.rows
+        good = np.flatnonzero(reasons[start:] == GOOD)
+        end = len(reasons) if len(good) < free else start + int(good[free - 1]) + 1
+        chosen = start + good[:free]
+        slot = slice(self.rows, self.rows + len(chosen))
+        self.images[slot] = block["image"][chosen]
+        self.tokens[slot] = block["tokens"][chosen]
+        self.rows += len(chosen)
+        self.cut += int(block["cut"][chosen].sum())
+        epochs, positions = block["epoch"][start:end], block["position"][start:end]
+        for epoch in np.unique(epochs):
+            self.used.setdefault(int(epoch), []).append(positions[epochs == epoch].copy())
+        for row in start + np.flatnonzero(reasons[start:end] != GOOD):
+            shard = catalog.shards[int(block["shard"][row])]
+            self.bad.append(
+                BadRow(
+                    path=shard.path,
+                    row_group=int(block["row_group"][row]),
+                    row=int(block["row"][row]),
+                    reason=REASONS[int(reasons[row])],
+                )
+            )
+        for name, values in self.labels.items():
+            values.extend(block[f"label/{name}"][row] for row in chosen)
+        if "more_tokens" in block:
+            cells = (np.frombuffer(block["more_tokens"][row], np.int32) for row in chosen)
+            self.more_tokens.extend(cell.reshape(-1, self._length) for cell in cells)
+        return end
+
+    def finish(self) -> Batch:
+        return Batch(
+            images=torch.from_numpy(self.images),
+            tokens=torch.from_numpy(self.tokens),
+            rows=self.rows,
+            used={epoch: np.concatenate(parts) for epoch, parts in self.used.items()},
+            bad=self.bad,
+            cut=self.cut,
+            labels=self.labels,
+            more_tokens=self.more_tokens,
+        )
+
+
+def _rebatch(
+    blocks: Iterable[dict[str, Any]],
+    catalog: Catalog,
+    recipe: Recipe,
+    size: int,
+    pad_last: bool = False,
+) -> Iterator[Batch]:
+    """Blocks of any size -> batches of `size` good rows; a padded last one only if asked for."""
+    filling = _Filling(recipe, size)
+    for block in blocks:
+        at = 0
+        while at < len(block["reason"]):
+            at = filling.take(block, at, catalog)
+            if filling.rows == size:
+                yield filling.finish()
+                filling = _Filling(recipe, size)
+    if pad_last and (filling.rows or filling.bad):
+        yield filling.finish()
+
+
+def _ahead(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+    """Run `items` in a thread, `depth` ahead of the consumer; an error in it is raised here."""
+    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(entry: tuple[bool, Any]) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(entry, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put((True, item)):
+                    return
+            put((False, None))
+        except BaseException as error:  # noqa: BLE001  it is raised in the consumer's thread
+            put((False, error))
+
+    threading.Thread(target=work, name="batches-ahead", daemon=True).start()
+    try:
+        while True:
+            is_item, value = ready.get()
+            if is_item:
+                yield value
+            elif value is None:
+                return
+            else:
+                raise value
+    finally:
+        stopped.set()

@@ -1,0 +1,1 @@
+"""DeepSpeed behind a few methods: forward, backward, step, save, load."""

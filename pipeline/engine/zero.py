@@ -1,0 +1,140 @@
+"""DeepSpeed ZeRO behind a few methods, the same on CPU (gloo) and CUDA (NCCL).
+
+Enters: a module, optimiser settings, an initialised process group. Leaves: forward, backward,
+step, save, load. Must not know: what the module computes.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.config.schema import EngineConfig, OptimConfig
+from pipeline.engine.optimizer import make_optimizer, parameter_groups
+
+TAG = "state"
+
+
+class Engine:
+    """One model under ZeRO. Every method but the constructor's inputs is the same at every stage.
+
+    All ranks must call `__call__`, `backward`, `step`, `save`, `load` and the reductions equally
+    often and in the same order.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        engine: EngineConfig,
+        optim: OptimConfig,
+        micro_batch: int,
+        accumulation: int,
+        device: torch.device,
+    ):
+        """`micro_batch` pairs per worker in a forward, `accumulation` of them per step."""
+        deepspeed = _import_deepspeed(device)
+        self.device = device
+        self.zero_stage = engine.zero_stage
+        module.to(device)
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": optim.grad_clip,
+            "zero_optimization": {
+                "stage": engine.zero_stage,
+                # False would drop gradients on CPU in some versions.
+                "contiguous_gradients": True,
+                "overlap_comm": device.type == "cuda",
+            },
+            "bf16": {"enabled": engine.precision == "bf16"},
+            "steps_per_print": 10**12,
+        }
+        optimizer = make_optimizer(parameter_groups(module, optim), optim, device)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=settings
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The module; call the engine, not this, to run it."""
+        return self._engine.module
+
+    def __call__(self, *inputs: Tensor | None) -> Any:
+        """Run the module's forward."""
+        return self._engine(*inputs)
+
+    def train(self, mode: bool) -> None:
+        """Switch between training and evaluation mode."""
+        self._engine.train(mode)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` / accumulation to the step's gradient."""
+        self._engine.backward(loss)
+
+    def step(self, lr_factor: float) -> float | None:
+        """Count one micro batch; at the last of the step update, with all rates times `lr_factor`.
+
+        Gives the gradient norm before clipping after an update, else None.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_factor
+        updates = self._engine.is_gradient_accumulation_boundary()
+        self._engine.step()
+        if not updates:
+            return None
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of the state under `folder`."""
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote at the same world size and ZeRO stage."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise RuntimeError(f"{folder}: no DeepSpeed state in the checkpoint")
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum a small vector over ranks."""
+        values = values.to(self.device)
+        dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on any rank; every rank gets the same answer."""
+        return bool(self.sum(torch.tensor([float(flag)])).item() > 0)
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """Import late: in a process without its accelerator the import itself would choose wrongly."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed import ops
+
+    # On CPU DeepSpeed would compile a shared-memory all-reduce, which training does not use, and so
+    # need a C++ compiler on every node.
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def load_weights(folder: Path, zero_stage: int) -> dict[str, Tensor]:
+    """Read the module's fp32 weights from what `Engine.save` wrote, at any world size.
+
+    `zero_stage` is the stage it was saved under. Runs in one process, without an engine.
+    """
+    _import_deepspeed(torch.device("cpu"))
+    if zero_stage == 0:
+        # Our own checkpoint; DeepSpeed's file holds more than tensors.
+        state = torch.load(
+            folder / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
+        )
+        return {name: tensor.float() for name, tensor in state["module"].items()}
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)

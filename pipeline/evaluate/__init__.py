@@ -1,0 +1,1 @@
+"""Retrieval and zero-shot classification; evaluators yield (name, value) pairs."""

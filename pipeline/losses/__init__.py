@@ -1,0 +1,1 @@
+"""Contrastive losses; tensors in, a scalar and metrics out."""

@@ -1,0 +1,1 @@
+"""The encoders, built on transformers."""

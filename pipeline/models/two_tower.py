@@ -1,0 +1,155 @@
+"""The two-tower model: transformers' CLIP towers of any size, and one forward.
+
+Enters: uint8 images, token ids. Leaves: unit-norm fp32 embeddings and the logit scale.
+Must not know: the loss, the data, DeepSpeed.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel
+from transformers.models.clip.modeling_clip import CLIPTextConfig, CLIPVisionConfig
+
+from pipeline.config.schema import ModelConfig
+from pipeline.errors import UserError
+
+MAX_LOGIT_SCALE = 100.0
+
+
+class TwoTower(nn.Module):
+    """CLIP's towers and projections, under the parameter names of transformers' CLIPModel.
+
+    Images are normalised here, on the device; they travel as uint8.
+    """
+
+    def __init__(self, clip: CLIPModel, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.vision_model = clip.vision_model
+        self.text_model = clip.text_model
+        self.visual_projection = clip.visual_projection
+        self.text_projection = clip.text_projection
+        # Shape [1], not a scalar: ZeRO partitions parameters along their elements.
+        self.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1).float())
+        self.register_buffer("mean", torch.tensor(mean) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std) * 255, persistent=False)
+        self.embed_dim = clip.config.projection_dim
+        self.clip_config: CLIPConfig = clip.config
+
+    def forward(
+        self,
+        images: UInt8[Tensor, "batch height width 3"] | None,
+        tokens: Int[Tensor, "batch length"] | None,
+    ) -> tuple[
+        Float[Tensor, "batch dim"] | None, Float[Tensor, "batch dim"] | None, Float[Tensor, ""]
+    ]:
+        """Give (image embeddings, text embeddings, logit scale); an absent input gives None.
+
+        One entry point on purpose: under ZeRO-3 a submodule called directly finds its parameters
+        still partitioned. The scale is clamped to [1, 100] and computed in fp32.
+        """
+        log_scale = self.logit_scale.float().clamp(0.0, math.log(MAX_LOGIT_SCALE))
+        image_embeddings = None if images is None else self._embed_images(images)
+        text_embeddings = None if tokens is None else self._embed_texts(tokens)
+        return image_embeddings, text_embeddings, log_scale.exp().squeeze(0)
+
+    def _embed_images(self, images: Tensor) -> Tensor:
+        pixels = (images.float() - self.mean.float()) / self.std.float()
+        pixels = pixels.permute(0, 3, 1, 2).to(self.visual_projection.weight.dtype)
+        pooled = self.vision_model(pixel_values=pixels).pooler_output
+        return F.normalize(self.visual_projection(pooled).float(), dim=-1)
+
+    def _embed_texts(self, tokens: Tensor) -> Tensor:
+        # No attention mask: the text tower is causal and pools at the end token, before padding.
+        pooled = self.text_model(input_ids=tokens.long()).pooler_output
+        return F.normalize(self.text_projection(pooled).float(), dim=-1)
+
+
+def build_two_tower(
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    start: int,
+    end: int,
+    pad: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> TwoTower:
+    """Build the model with random weights, or load `config.pretrained`.
+
+    `start`, `end`, `pad` are the tokenizer's ids. Raises `UserError` when pretrained weights
+    cannot be loaded or do not fit the tokenizer or the configured sizes.
+    """
+    if config.pretrained is None:
+        clip = CLIPModel(clip_config(config, vocab_size, start, end, pad))
+    else:
+        clip = _load_pretrained(config.pretrained)
+        _check_pretrained(clip.config, config, vocab_size)
+    model = TwoTower(clip, mean, std)
+    if config.gradient_checkpointing:
+        for tower in (model.vision_model, model.text_model):
+            tower.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def clip_config(config: ModelConfig, vocab_size: int, start: int, end: int, pad: int) -> CLIPConfig:
+    """Give transformers' configuration for the sizes in `config`."""
+    image, text = config.image, config.text
+    vision = CLIPVisionConfig(
+        hidden_size=image.width,
+        intermediate_size=4 * image.width,
+        num_hidden_layers=image.layers,
+        num_attention_heads=image.heads,
+        image_size=image.size,
+        patch_size=image.patch,
+        projection_dim=config.embed_dim,
+    )
+    language = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=text.width,
+        intermediate_size=4 * text.width,
+        num_hidden_layers=text.layers,
+        num_attention_heads=text.heads,
+        max_position_embeddings=text.context_length,
+        projection_dim=config.embed_dim,
+        bos_token_id=start,
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
+    return CLIPConfig(
+        text_config=language.to_dict(),
+        vision_config=vision.to_dict(),
+        projection_dim=config.embed_dim,
+        logit_scale_init_value=math.log(config.logit_scale_init),
+    )
+
+
+def _load_pretrained(path: str) -> CLIPModel:
+    try:
+        return CLIPModel.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.pretrained: {path!r} cannot be loaded as a CLIP model ({error}); give a folder "
+            "saved by transformers, or a hub id that is reachable from here"
+        ) from error
+
+
+def _check_pretrained(found: CLIPConfig, config: ModelConfig, vocab_size: int) -> None:
+    vision, text = found.vision_config, found.text_config
+    if vocab_size > text.vocab_size:
+        raise UserError(
+            f"data.tokenizer: it has {vocab_size} ids, model.pretrained {config.pretrained!r} knows "
+            f"{text.vocab_size}; use the tokenizer the model came with"
+        )
+    for place, given, theirs in (
+        ("model.image.size", config.image.size, vision.image_size),
+        ("model.text.context_length", config.text.context_length, text.max_position_embeddings),
+    ):
+        if given != theirs:
+            raise UserError(
+                f"{place} is {given}; model.pretrained {config.pretrained!r} was made for {theirs}: "
+                f"set {place}={theirs}"
+            )

@@ -1,0 +1,1 @@
+"""Metrics, plots and the MLflow tracker, the one place that knows mlflow."""

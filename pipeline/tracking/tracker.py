@@ -1,0 +1,269 @@
+"""The MLflow tracker: one run per training run, metrics without waiting, artifacts at the end.
+
+The one place that knows mlflow. Enters: plain names and numbers. Leaves: points in MLflow.
+Must not know: training.
+"""
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+LAST_STEP_METRIC = "train/loss"
+FLUSH_SECONDS = 2.0
+RETRY_SECONDS = 15.0
+MAX_BUFFERED = 100_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRef:
+    """Where a run is: all that another process needs to log to it."""
+
+    uri: str
+    run_id: str
+
+
+def tracking_uri(uri: str, storage: str) -> str:
+    """Resolve `embedded` to a sqlite file inside the storage folder."""
+    if uri != "embedded":
+        return uri
+    return f"sqlite:///{storage}/mlflow.db"
+
+
+def check_reachable(uri: str) -> None:
+    """Raise `UserError` unless the tracker at `uri` answers (a server) or can exist (a file)."""
+    if not uri.startswith(("http://", "https://")):
+        if uri.startswith("sqlite:///") or uri.startswith("file:") or "://" in uri:
+            return
+        raise UserError(
+            f"tracking.uri: {uri!r} is no tracker; give embedded, sqlite:///FILE or http://HOST:PORT"
+        )
+    try:
+        with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5) as answer:
+            answer.read()
+    except urllib.error.HTTPError:
+        return  # it answers; what it thinks of us shows at the first real call
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"tracking.uri: no MLflow server answers at {uri} ({error}); start it, mend the "
+            "address, or use tracking.uri=embedded"
+        ) from error
+
+
+def open_run(
+    uri: str,
+    experiment: str,
+    name: str,
+    *,
+    params: Mapping[str, str | int | float | bool],
+    tags: Mapping[str, str],
+    run_id: str | None,
+) -> RunRef:
+    """Create the MLflow run of a training run, or go on with `run_id`.
+
+    Raises `UserError` when the tracker refuses.
+    """
+    client = _client(uri)
+    try:
+        if run_id is not None:
+            client.update_run(run_id, status="RUNNING")
+        else:
+            created = client.create_run(
+                _experiment(client, uri, experiment), run_name=name, tags=dict(tags)
+            )
+            run_id = created.info.run_id
+            from mlflow.entities import Param
+
+            entries = [Param(key, str(value)[:6000]) for key, value in params.items()]
+            for start in range(0, len(entries), 100):
+                client.log_batch(run_id, params=entries[start : start + 100])
+    except Exception as error:
+        raise UserError(f"tracking.uri: MLflow at {uri} refused the run: {error}") from error
+    return RunRef(uri=uri, run_id=run_id)
+
+
+def close_run(ref: RunRef, status: Status) -> None:
+    """End the run; a tracker that is gone by now is only warned of."""
+    with _tolerant("end the run"):
+        _client(ref.uri).set_terminated(ref.run_id, status)
+
+
+def log_tags(ref: RunRef, tags: Mapping[str, str]) -> None:
+    """Set tags; a tracker that is gone is only warned of."""
+    with _tolerant("set tags"):
+        client = _client(ref.uri)
+        for key, value in tags.items():
+            client.set_tag(ref.run_id, key, value)
+
+
+def log_artifacts(ref: RunRef, folder: Path) -> None:
+    """Upload every file under `folder`; a tracker that is gone is only warned of."""
+    with _tolerant("log artifacts"):
+        _client(ref.uri).log_artifacts(ref.run_id, str(folder))
+
+
+def read_history(ref: RunRef, names: list[str]) -> dict[str, list[tuple[int, float]]]:
+    """Give (step, value) points of each metric, by step; a missing metric has none."""
+    client = _client(ref.uri)
+    return {
+        name: sorted((m.step, m.value) for m in client.get_metric_history(ref.run_id, name))
+        for name in names
+    }
+
+
+class MetricLog:
+    """Sends points from a thread of its own: `log` never waits and never fails.
+
+    When the tracker is gone, points wait (up to `MAX_BUFFERED`) and are sent once it answers. On a
+    resumed run, steps that were logged before are not logged again.
+    """
+
+    def __init__(self, ref: RunRef, system_metrics_seconds: int):
+        self._ref = ref
+        self._interval = system_metrics_seconds
+        self._points: queue.SimpleQueue[tuple[int, int, dict[str, float]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Queue one point of each metric at `step`."""
+        self._points.put((step, int(time.time() * 1000), dict(metrics)))
+
+    def close(self, timeout: float = 30.0) -> None:
+        """Send what is queued; give up after `timeout` seconds."""
+        self._points.put(None)
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            log.warning("MLflow at %s did not take the last points in time", self._ref.uri)
+
+    def _run(self) -> None:
+        client: MlflowClient | None = None
+        monitor: Any = None
+        logged = -1
+        waiting: deque[tuple[int, int, dict[str, float]]] = deque(maxlen=MAX_BUFFERED)
+        is_open, is_warned, retry_at = True, False, 0.0
+        while is_open or waiting:
+            is_open = self._collect(waiting, is_open)
+            if time.monotonic() < retry_at and is_open:
+                continue
+            try:
+                if client is None:
+                    client = _client(self._ref.uri)
+                    logged = _last_step(client, self._ref.run_id)
+                    monitor = _start_monitor(self._ref, self._interval)
+                _send(client, self._ref.run_id, waiting, logged)
+                is_warned = False
+            except Exception as error:  # noqa: BLE001  no tracker's failure may stop training
+                if not is_warned:
+                    log.warning(
+                        "MLflow at %s does not answer (%s); points wait", self._ref.uri, error
+                    )
+                is_warned, retry_at = True, time.monotonic() + RETRY_SECONDS
+                if not is_open:
+                    log.warning("%d metric points could not be delivered", len(waiting))
+                    break
+        if monitor is not None:
+            with contextlib.suppress(Exception):
+                monitor.finish()
+
+    def _collect(self, waiting: deque[tuple[int, int, dict[str, float]]], is_open: bool) -> bool:
+        """Move queued points to `waiting` for a while; give whether more may come."""
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while is_open and (left := deadline - time.monotonic()) > 0:
+            try:
+                point = self._points.get(timeout=left)
+            except queue.Empty:
+                break
+            if point is None:
+                return False
+            waiting.append(point)
+        return is_open
+
+
+def _send(
+    client: "MlflowClient",
+    run_id: str,
+    waiting: deque[tuple[int, int, dict[str, float]]],
+    logged: int,
+) -> None:
+    from mlflow.entities import Metric
+
+    while waiting:
+        points = [waiting[i] for i in range(min(len(waiting), 20))]
+        entries = [
+            Metric(name, value, timestamp, step)
+            for step, timestamp, metrics in points
+            if step > logged
+            for name, value in metrics.items()
+        ]
+        if entries:
+            client.log_batch(run_id, metrics=entries)
+        for _ in points:
+            waiting.popleft()
+
+
+def _last_step(client: "MlflowClient", run_id: str) -> int:
+    points = client.get_metric_history(run_id, LAST_STEP_METRIC)
+    return max((point.step for point in points), default=-1)
+
+
+def _start_monitor(ref: RunRef, interval: int) -> Any:
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+    monitor = SystemMetricsMonitor(
+        ref.run_id, sampling_interval=interval, resume_logging=True, tracking_uri=ref.uri
+    )
+    monitor.start()
+    return monitor
+
+
+def _experiment(client: "MlflowClient", uri: str, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found.experiment_id
+    location = None
+    if uri.startswith("sqlite:///"):
+        # Beside the database; MLflow's default is the current folder of whoever comes first.
+        location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+    return client.create_experiment(name, artifact_location=location)
+
+
+def _client(uri: str) -> "MlflowClient":
+    # A dead server must cost seconds, not MLflow's default of minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    import mlflow  # seconds to import; not needed to plan or to show help
+
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.store.db"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+@contextlib.contextmanager
+def _tolerant(what: str) -> Any:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  no tracker's failure may fail a finished training
+        log.warning("MLflow: could not %s: %s", what, error)

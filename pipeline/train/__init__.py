@@ -1,0 +1,1 @@
+"""The training step, the loop, the worker and the driver."""

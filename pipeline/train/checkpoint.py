@@ -1,0 +1,97 @@
+"""What a checkpoint holds, written by all ranks and read back by all.
+
+state/            DeepSpeed's shards: weights, optimiser state
+part-R.json       rank R: rows used since the run began, counts, the loss's running state
+meta.json         progress, world size, ZeRO stage, config, plan, tokenizer, versions
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.plan import Plan
+from pipeline.config.schema import Config
+from pipeline.data.order import Cursor
+from pipeline.data.stream import Tally
+from pipeline.data.text import Tokenizer
+from pipeline.engine.zero import Engine
+from pipeline.train.loop import Progress
+from pipeline.train.objective import Loss
+from pipeline.train.store import META
+
+
+@dataclass(kw_only=True, slots=True)
+class State:
+    """Everything besides the engine's own state that training changes; of one worker."""
+
+    progress: Progress
+    cursor: Cursor
+    tally: Tally
+
+
+def save_checkpoint(
+    folder: Path,
+    engine: Engine,
+    loss: Loss,
+    state: State,
+    *,
+    rank: int,
+    world_size: int,
+    config: Config,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    versions: dict[str, str],
+) -> None:
+    """Write this rank's part under `folder`; rank 0 also the meta file."""
+    engine.save(folder)
+    part = {
+        "cursor": state.cursor.to_json(),
+        "tally": {"rows": state.tally.rows, "cut": state.tally.cut, "bad": dict(state.tally.bad)},
+        "loss": loss.state_dict(),
+    }
+    (folder / f"part-{rank:05d}.json").write_text(json.dumps(part))
+    if rank == 0:
+        meta = {
+            "progress": asdict(state.progress),
+            "world_size": world_size,
+            "zero_stage": engine.zero_stage,
+            "config": config.model_dump(mode="json"),
+            "plan": plan.to_json(),
+            "tokenizer": asdict(tokenizer),
+            "versions": versions,
+        }
+        (folder / META).write_text(json.dumps(meta))
+
+
+def load_checkpoint(
+    folder: Path, engine: Engine, loss: Loss, *, rank: int, world_size: int
+) -> State:
+    """Restore engine and loss in place and give the rest; the cursor is that of all ranks.
+
+    Counts of all ranks go to rank 0, so that their sum over ranks stays right.
+    """
+    meta = json.loads((folder / META).read_text())
+    if meta["world_size"] != world_size:
+        raise RuntimeError(
+            f"{folder}: saved by {meta['world_size']} workers, now {world_size}; "
+            f"set cluster.workers={meta['world_size']} to go on with this run"
+        )
+    engine.load(folder)
+    parts = [json.loads(path.read_text()) for path in sorted(folder.glob("part-*.json"))]
+    if len(parts) != world_size:
+        raise RuntimeError(f"{folder}: holds {len(parts)} parts, {world_size} were written")
+    loss.load_state_dict(parts[rank]["loss"])
+    cursor = Cursor.from_json(parts[0]["cursor"])
+    tally = Tally()
+    for part in parts:
+        cursor.merge(Cursor.from_json(part["cursor"]))
+        if rank == 0:
+            _add(tally, part["tally"])
+    return State(progress=Progress(**meta["progress"]), cursor=cursor, tally=tally)
+
+
+def _add(tally: Tally, saved: dict[str, Any]) -> None:
+    tally.rows += saved["rows"]
+    tally.cut += saved["cut"]
+    tally.bad.update(saved["bad"])

@@ -1,0 +1,90 @@
+"""The loop: steps until the planned number, and what is due after a step, in reading order.
+
+No third-party import and nothing of one rank in it, so it runs in a unit test with fakes. What is
+due depends on the step number alone: every rank enters every collective.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cadence:
+    """How long, and how often what happens; in optimiser steps."""
+
+    steps: int
+    log_every: int
+    evaluate_every: int | Literal["end"]
+    checkpoint_every: int
+    max_nonfinite: int
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """How far the run is; saved with every checkpoint."""
+
+    step: int = 0
+    samples: int = 0
+    nonfinite_steps: int = 0
+    nonfinite_in_a_row: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """What one optimiser step says of itself; the same on every rank."""
+
+    samples: int
+    is_finite: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Actions:
+    """What the loop calls. `check` may stop the run by raising (too many bad rows, say)."""
+
+    step: Callable[[Progress], StepReport]
+    log: Callable[[Progress], None]
+    evaluate: Callable[[Progress], None]
+    checkpoint: Callable[[Progress], None]
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or its gradient was not finite for too many steps in a row."""
+
+
+def run_loop(progress: Progress, cadence: Cadence, actions: Actions) -> None:
+    """Train from `progress` to the last step, then evaluate once more.
+
+    A step that is not finite changes no weight; it is counted, and after `max_nonfinite` in a row
+    `NonFiniteError` is raised. Nothing is saved while such steps last, so the last good checkpoint
+    stays.
+    """
+    while progress.step < cadence.steps:
+        report = actions.step(progress)
+        progress.step += 1
+        progress.samples += report.samples
+        if report.is_finite:
+            progress.nonfinite_in_a_row = 0
+        else:
+            progress.nonfinite_steps += 1
+            progress.nonfinite_in_a_row += 1
+            if progress.nonfinite_in_a_row >= cadence.max_nonfinite:
+                raise NonFiniteError(
+                    f"step {progress.step}: loss or gradient not finite in "
+                    f"{progress.nonfinite_in_a_row} steps in a row (train.max_nonfinite); lower "
+                    "optim.lr, lengthen optim.warmup_samples, or lower optim.grad_clip"
+                )
+        is_last = progress.step == cadence.steps
+        if _is_due(progress.step, cadence.log_every) or is_last:
+            actions.log(progress)
+        if cadence.evaluate_every != "end" and not is_last:
+            if _is_due(progress.step, cadence.evaluate_every):
+                actions.evaluate(progress)
+        if _is_due(progress.step, cadence.checkpoint_every) or is_last:
+            if progress.nonfinite_in_a_row == 0:
+                actions.checkpoint(progress)
+    actions.evaluate(progress)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return step % every == 0

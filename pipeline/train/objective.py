@@ -1,0 +1,76 @@
+"""What one engine runs: the towers and the prior in one module with one forward, and the loss."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from pipeline.config.plan import Plan
+from pipeline.config.schema import Config, LossConfig
+from pipeline.data.text import Tokenizer
+from pipeline.losses.contrastive import InfoNCEGathered
+from pipeline.losses.gamma import GammaLoss
+from pipeline.losses.normalizer import AmortizedPrior
+from pipeline.models.two_tower import TwoTower, build_two_tower
+
+Loss = GammaLoss | InfoNCEGathered
+
+
+class Outputs(NamedTuple):
+    """What a loss takes, in its order; absent parts are None."""
+
+    image: Float[Tensor, "local dim"] | None
+    text: Float[Tensor, "local dim"] | None
+    logit_scale: Float[Tensor, ""]
+    image_log_z: Float[Tensor, " local"] | None
+    text_log_z: Float[Tensor, " local"] | None
+
+
+class Pretraining(nn.Module):
+    """Towers and prior; the prior sees detached embeddings and trains by its own deviance."""
+
+    def __init__(self, towers: TwoTower, prior: AmortizedPrior | None):
+        super().__init__()
+        self.towers = towers
+        self.prior = prior
+
+    def forward(
+        self,
+        images: UInt8[Tensor, "local height width 3"] | None,
+        tokens: Int[Tensor, "local length"] | None,
+    ) -> Outputs:
+        """Embed images, texts, or both; the prior predicts only for both, in training."""
+        image, text, logit_scale = self.towers(images, tokens)
+        image_log_z = text_log_z = None
+        if self.prior is not None and self.training and image is not None and text is not None:
+            image_log_z, text_log_z = self.prior(image, text, logit_scale)
+        return Outputs(image, text, logit_scale, image_log_z, text_log_z)
+
+
+def build_pretraining(config: Config, tokenizer: Tokenizer) -> Pretraining:
+    """Build the module of a run, with weights drawn from `train.seed`."""
+    torch.manual_seed(config.train.seed)
+    towers = build_two_tower(
+        config.model,
+        vocab_size=tokenizer.vocab_size,
+        start=tokenizer.start,
+        end=tokenizer.end,
+        pad=tokenizer.pad,
+        mean=config.data.image_mean,
+        std=config.data.image_std,
+    )
+    return Pretraining(
+        towers, AmortizedPrior(towers.embed_dim) if _has_prior(config.loss) else None
+    )
+
+
+def build_loss(config: Config, plan: Plan) -> Loss:
+    """Build the loss of a run."""
+    if config.loss.kind == "infonce_gathered":
+        return InfoNCEGathered()
+    return GammaLoss(virtual_batch=plan.virtual_batch, u=config.loss.u)
+
+
+def _has_prior(loss: LossConfig) -> bool:
+    return loss.kind == "gamma" and loss.prior == "amortized"

@@ -1,0 +1,213 @@
+"""Everything that can be known before a cluster is asked for: facts, plan, and all that is wrong.
+
+Enters: a `Config`. Leaves: `Prepared`, or one `UserError` that lists every problem found.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from pipeline.config.plan import Facts, Plan, find_contradictions, make_plan
+from pipeline.config.schema import Config
+from pipeline.data.layout import Catalog, read_captions, read_catalog, read_classes
+from pipeline.data.text import Tokenizer, load_tokenizer, train_tokenizer
+from pipeline.errors import Problem, UserError, raise_problems
+from pipeline.evaluate.suite import Suite, make_recipe
+from pipeline.tracking.tracker import check_reachable, tracking_uri
+from pipeline.train.objective import build_pretraining
+from pipeline.train.store import RunFolder
+
+TOKENIZER_CAPTIONS = 100_000  # captions a tokenizer is trained on, at most
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A config with all that follows from it."""
+
+    config: Config
+    plan: Plan
+    tokenizer: Tokenizer
+    catalog: Catalog
+    suite: Suite | None
+
+
+class _Problems:
+    """Collects problems; a part that raises `UserError` is noted and gives None."""
+
+    def __init__(self) -> None:
+        self.found: list[Problem] = []
+
+    def attempt(self, place: str, part: Callable[[], T]) -> T | None:
+        try:
+            return part()
+        except UserError as error:
+            where, separator, message = str(error).partition(": ")
+            is_path = separator and " " not in where
+            self.found.append(
+                Problem(place=where, message=message)
+                if is_path
+                else Problem(place=place, message=str(error))
+            )
+            return None
+
+
+def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Prepared:
+    """Check `config` against the data, the model, the storage and the tracker, and plan it.
+
+    `tokenizer` is that of a run which is continued; absent, it is loaded or trained. Raises
+    `UserError` with every problem found, not only the first.
+    """
+    problems = _Problems()
+    problems.found.extend(find_contradictions(config))
+    problems.found.extend(_check_resources(config))
+    problems.attempt("cluster.storage", lambda: _check_places(config))
+    problems.attempt("tracking.uri", lambda: _check_tracker(config))
+    data = config.data
+    catalog = problems.attempt(
+        "data.train",
+        lambda: read_catalog(data.train, "data.train", data.image_column, data.caption_column),
+    )
+    val = problems.attempt("data.val", lambda: _read_val(config))
+    classes = problems.attempt("evaluate.zero_shot", lambda: _read_classes(config, val))
+    if catalog is not None and tokenizer is None:
+        tokenizer = problems.attempt("data.tokenizer", lambda: _make_tokenizer(config, catalog))
+    facts = None
+    if catalog is not None and tokenizer is not None:
+        facts = problems.attempt("model", lambda: _find_facts(config, catalog, val, tokenizer))
+    if facts is not None and not find_contradictions(config):
+        problems.found.extend(make_plan(config, facts)[1])
+    raise_problems(problems.found, "This run cannot start")
+    assert catalog is not None
+    assert tokenizer is not None
+    assert facts is not None
+    plan, _ = make_plan(config, facts)
+    suite = None
+    if val is not None:
+        suite = Suite(
+            config=config.evaluate,
+            catalog=val,
+            recipe=make_recipe(config, tokenizer, train=False),
+            classes=classes or (),
+            ingest_cpus=config.cluster.ingest_cpus,
+        )
+    return Prepared(config=config, plan=plan, tokenizer=tokenizer, catalog=catalog, suite=suite)
+
+
+def _check_resources(config: Config) -> list[Problem]:
+    """On this machine only; a remote cluster is asked when it is reached."""
+    if config.cluster.address != "local" or "RAY_ADDRESS" in os.environ:
+        return []
+    return lacking_resources(config, os.cpu_count() or 1, torch.cuda.device_count())
+
+
+def lacking_resources(config: Config, cpus: float, gpus: float) -> list[Problem]:
+    """What `cluster` asks for beyond `cpus` and `gpus`."""
+    cluster = config.cluster
+    wanted = cluster.workers * cluster.cpus_per_worker
+    problems = []
+    if wanted + cluster.ingest_cpus > cpus:
+        problems.append(
+            Problem(
+                place="cluster.workers",
+                message=f"{cluster.workers} workers at {cluster.cpus_per_worker:g} CPUs take "
+                f"{wanted:g} of {cpus:g} CPUs and leave fewer than cluster.ingest_cpus "
+                f"{cluster.ingest_cpus} for reading data; lower cluster.workers or "
+                "cluster.cpus_per_worker (shares such as 0.5 are fine)",
+            )
+        )
+    if cluster.workers * cluster.gpus_per_worker > gpus:
+        problems.append(
+            Problem(
+                place="cluster.gpus_per_worker",
+                message=f"{cluster.workers} workers need as many GPUs; {gpus:g} found: lower "
+                "cluster.workers, or set cluster.gpus_per_worker=0 to train on CPUs",
+            )
+        )
+    return problems
+
+
+def _check_places(config: Config) -> None:
+    RunFolder.of(config.cluster.storage, config.name).check_writable()
+
+
+def _check_tracker(config: Config) -> None:
+    storage, uri = config.cluster.storage, config.tracking.uri
+    if uri == "embedded" and "://" in storage:
+        raise UserError(
+            f"tracking.uri: embedded needs local storage, cluster.storage is {storage}; give the "
+            "URI of an MLflow server"
+        )
+    check_reachable(tracking_uri(uri, storage))
+
+
+def _read_val(config: Config) -> Catalog | None:
+    data = config.data
+    if data.val is None:
+        return None
+    labels = [task.column for task in config.evaluate.zero_shot]
+    return read_catalog(data.val, "data.val", data.image_column, data.caption_column, labels)
+
+
+def _read_classes(config: Config, val: Catalog | None) -> tuple[tuple[str, ...], ...]:
+    if val is None:
+        return ()
+    classes = []
+    for index, task in enumerate(config.evaluate.zero_shot):
+        place = f"evaluate.zero_shot.{index}.classes"
+        present = read_classes(val, task.column)
+        names = _read_class_file(task.classes, place) if task.classes else present
+        unknown = sorted(set(present) - set(names))
+        if unknown:
+            raise UserError(
+                f"{place}: column '{task.column}' of data.val holds {unknown[:5]}, which "
+                f"{task.classes} does not list; add them, one class a line"
+            )
+        if len(names) < 2:
+            raise UserError(
+                f"{place}: column '{task.column}' of data.val has {len(names)} class(es); "
+                "classification needs two or more"
+            )
+        classes.append(tuple(names))
+    return tuple(classes)
+
+
+def _read_class_file(path: str, place: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{place}: cannot read {path} ({error.strerror})") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _make_tokenizer(config: Config, catalog: Catalog) -> Tokenizer:
+    if config.data.tokenizer != "train":
+        return load_tokenizer(config.data.tokenizer)
+    captions = read_captions(catalog, TOKENIZER_CAPTIONS)
+    if not captions:
+        raise UserError(
+            f"data.train: column '{catalog.columns.caption}' holds no text; name the caption "
+            "column with data.caption_column=..."
+        )
+    return train_tokenizer(captions, config.data.vocab_size)
+
+
+def _find_facts(
+    config: Config, catalog: Catalog, val: Catalog | None, tokenizer: Tokenizer
+) -> Facts:
+    if config.model.pretrained is None:
+        with torch.device("meta"):
+            module = build_pretraining(config, tokenizer)
+    else:
+        module = build_pretraining(config, tokenizer)
+    return Facts(
+        train_rows=catalog.num_rows,
+        val_rows=val.num_rows if val is not None else 0,
+        vocab_size=tokenizer.vocab_size,
+        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+        embed_dim=module.towers.embed_dim,
+    )

@@ -1,0 +1,79 @@
+"""One optimiser step: micro batches in, one update out."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.data.stream import Batch
+from pipeline.engine.zero import Engine
+from pipeline.train.objective import Loss
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """Of one step on this worker: metrics (detached scalars), what it used, how long it waited."""
+
+    metrics: dict[str, Tensor]
+    batches: list[Batch]
+    grad_norm: float
+    is_finite: bool
+    waited: float
+
+
+def train_step(
+    engine: Engine, loss: Loss, batches: Iterator[Batch], accumulation: int, lr_factor: float
+) -> StepResult:
+    """Run `accumulation` micro batches forward and backward, and update the weights once.
+
+    Each micro batch has its own complete loss, so accumulation needs no second pass. When the loss
+    is not finite on any rank, all ranks leave that micro batch out of the gradient.
+    """
+    used: list[Batch] = []
+    metrics: list[dict[str, Tensor]] = []
+    waited, grad_norm, is_finite = 0.0, None, True
+    for _ in range(accumulation):
+        started = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - started
+        used.append(batch)
+        images = batch.images.to(engine.device, non_blocking=True)
+        tokens = batch.tokens.to(engine.device, non_blocking=True)
+        value = loss(*engine(images, tokens))
+        if engine.any(not bool(value.loss.isfinite())):
+            is_finite = False
+            if accumulation == 1:
+                break
+            _backward_nothing(engine, images, tokens)
+        else:
+            metrics.append(value.metrics)
+            engine.backward(value.loss)
+        grad_norm = engine.step(lr_factor)
+    if grad_norm is None:
+        grad_norm = float("nan")
+    return StepResult(
+        metrics=_mean(metrics),
+        batches=used,
+        grad_norm=grad_norm,
+        is_finite=is_finite and grad_norm == grad_norm and grad_norm != float("inf"),
+        waited=waited,
+    )
+
+
+def _backward_nothing(engine: Engine, images: Tensor, tokens: Tensor) -> None:
+    """A backward that adds zero, in place of a micro batch whose loss is not finite.
+
+    The accumulated gradient of the step's other micro batches stays; every rank still takes part
+    in the collectives of this backward.
+    """
+    outputs = engine(torch.zeros_like(images), tokens[:1].expand_as(tokens))
+    nothing = sum(part.sum() for part in outputs if part is not None) * 0.0
+    engine.backward(nothing)
+
+
+def _mean(metrics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if not metrics:
+        return {}
+    return {name: torch.stack([item[name] for item in metrics]).mean() for name in metrics[0]}

@@ -1,0 +1,146 @@
+"""The folder of a run in the storage: its record, its tokenizer, its checkpoints.
+
+STORAGE/NAME/run.json          what the run is, its MLflow run, whether it is finished
+STORAGE/NAME/step-00000500/    a checkpoint: DeepSpeed's shards, one part-R.json per rank
+STORAGE/NAME/quarantine/       the rows that were dropped, and why
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from pipeline.data.layout import open_filesystem
+from pipeline.data.stream import BadRow
+from pipeline.data.text import Tokenizer
+from pipeline.errors import UserError
+
+RECORD = "run.json"
+META = "meta.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord:
+    """What must be known to go on with a run. `config` is the config as plain values."""
+
+    name: str
+    config: dict[str, Any]
+    tokenizer: Tokenizer
+    data_digest: str
+    mlflow_uri: str
+    mlflow_run_id: str
+    is_finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """A run's folder on any filesystem pyarrow knows."""
+
+    filesystem: pafs.FileSystem
+    path: str
+    url: str
+
+    @staticmethod
+    def of(storage: str, name: str) -> "RunFolder":
+        """The folder of run `name` in `storage`, which need not exist yet."""
+        filesystem, root = open_filesystem(storage)
+        return RunFolder(filesystem, f"{root.rstrip('/')}/{name}", f"{storage.rstrip('/')}/{name}")
+
+    def check_writable(self) -> None:
+        """Raise `UserError` unless files can be written here."""
+        probe = f"{self.path}/.probe"
+        existed = self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound
+        try:
+            self.filesystem.create_dir(self.path, recursive=True)
+            self.write_text(".probe", "ok")
+            self.filesystem.delete_file(probe)
+            if not existed:
+                self.filesystem.delete_dir(self.path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(
+                f"cluster.storage: cannot write to {self.url} ({error}); choose another folder or "
+                "mend its permissions"
+            ) from error
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file."""
+        with self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
+            file.write(text.encode())
+
+    def read_text(self, name: str) -> str | None:
+        """Read a small file; None when it is not there."""
+        path = f"{self.path}/{name}"
+        if self.filesystem.get_file_info(path).type != pafs.FileType.File:
+            return None
+        with self.filesystem.open_input_file(path) as file:
+            return file.read().decode()
+
+    def write_record(self, record: RunRecord) -> None:
+        """Write the run's record."""
+        self.filesystem.create_dir(self.path, recursive=True)
+        self.write_text(RECORD, json.dumps(asdict(record), indent=1))
+
+    def read_record(self) -> RunRecord | None:
+        """Read the run's record; None for a run that has none."""
+        text = self.read_text(RECORD)
+        if text is None:
+            return None
+        values = json.loads(text)
+        return RunRecord(**{**values, "tokenizer": Tokenizer(**values["tokenizer"])})
+
+    def checkpoints(self) -> list[str]:
+        """Names of the checkpoints that have a meta file, oldest first."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        names = [PurePosixPath(item.path).name for item in self.filesystem.get_file_info(selector)]
+        steps = sorted(name for name in names if name.startswith("step-"))
+        return [name for name in steps if self.read_text(f"{name}/{META}") is not None]
+
+    def write_quarantine(self, name: str, rows: list[BadRow]) -> None:
+        """Write dropped rows to quarantine/NAME.parquet: path, row_group, row, reason."""
+        if not rows:
+            return
+        folder = f"{self.path}/quarantine"
+        self.filesystem.create_dir(folder, recursive=True)
+        table = pa.Table.from_pylist([asdict(row) for row in rows])
+        with self.filesystem.open_output_stream(f"{folder}/{name}.parquet") as file:
+            pq.write_table(table, file)
+
+    def read_quarantine(self) -> list[BadRow]:
+        """Give every dropped row once, though a resumed run may have met it twice."""
+        selector = pafs.FileSelector(f"{self.path}/quarantine", allow_not_found=True)
+        rows: dict[BadRow, None] = {}
+        for item in self.filesystem.get_file_info(selector):
+            with self.filesystem.open_input_file(item.path) as file:
+                rows.update({BadRow(**row): None for row in pq.read_table(file).to_pylist()})
+        return sorted(rows, key=lambda row: (row.path, row.row_group, row.row))
+
+
+def find_run(storage: str, name: str) -> tuple[RunFolder, RunRecord | None]:
+    """Give the folder to use for `name`: the unfinished run's, or the next free one's.
+
+    A finished run stays as it is; the next is called NAME-2, then NAME-3.
+    """
+    number = 1
+    while True:
+        folder = RunFolder.of(storage, name if number == 1 else f"{name}-{number}")
+        record = folder.read_record()
+        if record is None or not record.is_finished:
+            return folder, record
+        number += 1
+
+
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say which values of two flat configs differ, leaving out what a resumed run may change."""
+    free = ("cluster.", "tracking.", "evaluate.", "train.log_every", "train.checkpoint_every",
+            "train.keep", "train.max_nonfinite", "data.val", "data.max_bad_fraction", "name")  # fmt: skip
+    keys = sorted(set(before) | set(now))
+    return [
+        f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
+        for key in keys
+        if before.get(key) != now.get(key) and not key.startswith(free)
+    ]
