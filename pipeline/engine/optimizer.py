@@ -29,7 +29,8 @@ def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, An
     groups = [
         {"params": matrices, "weight_decay": optim.weight_decay, "peak_lr": optim.lr},
         {"params": vectors, "weight_decay": 0.0, "peak_lr": optim.lr},
-        {"params": prior, "weight_decay": 0.0, "peak_lr": optim.prior_lr},
+        # The prior's gradients come scaled down; AdamW's eps must stay below them.
+        {"params": prior, "weight_decay": 0.0, "peak_lr": optim.prior_lr, "eps": 1e-12},
     ]
     return [group for group in groups if group["params"]]
 

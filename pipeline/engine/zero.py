@@ -39,6 +39,7 @@ class Engine:
         deepspeed = _import_deepspeed(device)
         self.device = device
         self.zero_stage = engine.zero_stage
+        self._is_bf16 = engine.precision == "bf16"
         module.to(device)
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro_batch,
@@ -82,12 +83,20 @@ class Engine:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
-        updates = self._engine.is_gradient_accumulation_boundary()
-        self._engine.step()
-        if not updates:
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
             return None
-        norm = self._engine.get_global_grad_norm()
+        norm = self._unpartitioned_norm()
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm() if norm is None else norm
         return float("nan") if norm is None else float(norm)
+
+    def _unpartitioned_norm(self) -> Tensor | None:
+        """The gradient norm where DeepSpeed keeps none: stage 0 without a master copy."""
+        if self.zero_stage > 0 or self._is_bf16:
+            return None
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of the state under `folder`."""

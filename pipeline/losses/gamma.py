@@ -27,6 +27,9 @@ from torch import Tensor
 from pipeline.losses.normalizer import Evidence, log_mean_exp, prior_deviance
 
 
+PRIOR_GRADIENT_SCALE = 1e-3
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossValue:
     """`loss` to run backward on; `metrics` are detached scalars to log (local to this worker)."""
@@ -76,7 +79,9 @@ class GammaLoss:
         for direction, log_z in ((rows, image_log_z), (columns, text_log_z)):
             if log_z is not None and direction.log_mean is not None:
                 deviance = prior_deviance(log_z, direction.log_mean)
-                loss = loss + deviance - deviance.detach()  # trains the prior, hides in the value
+                # Trains the prior, and is no part of the loss's value. Adam does not see its
+                # scale; clipping by the global norm does, and would shrink the towers' gradient.
+                loss = loss + PRIOR_GRADIENT_SCALE * (deviance - deviance.detach())
         metrics = {"loss": bound, "logit_scale": logit_scale.detach()}
         for side, direction in (("image", rows), ("text", columns)):
             metrics |= {f"{name}_{side}": value for name, value in direction.metrics.items()}

@@ -1,0 +1,131 @@
+"""Order is a bijection; whatever the kills and resizes, every row is used once an epoch (P3)."""
+
+import json
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.order import (
+    Cursor,
+    Order,
+    RowGroup,
+    as_intervals,
+    complement,
+    permutation,
+    share,
+    union,
+)
+
+intervals = st.lists(
+    st.tuples(st.integers(0, 60), st.integers(0, 12)).map(lambda p: (p[0], p[0] + p[1])), max_size=8
+)
+orders = st.builds(
+    lambda sizes, window, seed: Order(
+        row_groups=tuple(
+            RowGroup(shard=i // 3, index=i % 3, rows=rows) for i, rows in enumerate(sizes)
+        ),
+        window_rows=window,
+        seed=seed,
+    ),
+    st.lists(st.integers(0, 20), min_size=1, max_size=10).filter(any),
+    st.integers(1, 40),
+    st.integers(0, 5),
+)
+
+
+def _rows_at(order: Order, epoch: int) -> list[tuple[int, int, int]]:
+    """The row at every position of an epoch."""
+    rows = []
+    for window in order.windows(epoch):
+        inside = [(g.shard, g.index, row) for g in window.row_groups for row in range(g.rows)]
+        rows += [inside[i] for i in permutation(order.seed, epoch, window, order.shuffle)]
+    return rows
+
+
+@given(orders, st.integers(0, 3))
+def test_an_epoch_is_a_permutation_of_the_rows(order: Order, epoch: int) -> None:
+    every = {(g.shard, g.index, row) for g in order.row_groups for row in range(g.rows)}
+    rows = _rows_at(order, epoch)
+    assert len(rows) == order.num_rows
+    assert set(rows) == every
+    starts = [window.start for window in order.windows(epoch)]
+    assert starts == list(np.cumsum([0, *(w.rows for w in order.windows(epoch))])[:-1])
+
+
+def test_order_depends_on_seed_and_epoch() -> None:
+    groups = tuple(RowGroup(shard=0, index=i, rows=10) for i in range(10))
+    first = Order(row_groups=groups, window_rows=20, seed=0)
+    assert _rows_at(first, 0) == _rows_at(first, 0)
+    assert _rows_at(first, 0) != _rows_at(first, 1)
+    assert _rows_at(first, 0) != _rows_at(Order(row_groups=groups, window_rows=20, seed=1), 0)
+    in_order = Order(row_groups=groups, window_rows=20, seed=0, shuffle=False)
+    assert _rows_at(in_order, 0) == sorted(_rows_at(in_order, 0))
+
+
+@given(intervals)
+def test_union_and_complement_split_the_range(pairs: list[tuple[int, int]]) -> None:
+    covered = {x for start, end in pairs for x in range(start, end)}
+    merged = union(pairs)
+    assert {x for start, end in merged for x in range(start, end)} == covered
+    assert all(a[1] < b[0] for a, b in zip(merged, merged[1:], strict=False))
+    rest = complement(pairs, 80)
+    assert {x for start, end in rest for x in range(start, end)} == set(range(80)) - covered
+
+
+@given(intervals, st.integers(1, 7))
+def test_shares_are_equal_disjoint_and_whole(pairs: list[tuple[int, int]], world: int) -> None:
+    merged = union(pairs)
+    shares = [share(merged, world, rank) for rank in range(world)]
+    flat = [x for part in shares for start, end in part for x in range(start, end)]
+    assert flat == [x for start, end in merged for x in range(start, end)]
+    sizes = [sum(end - start for start, end in part) for part in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.sets(st.integers(0, 50)))
+def test_as_intervals_covers_exactly(positions: set[int]) -> None:
+    shuffled = np.array(list(positions), dtype=np.int64)
+    pairs = as_intervals(shuffled)
+    assert [x for start, end in pairs for x in range(start, end)] == sorted(positions)
+    assert union(pairs) == pairs
+
+
+@settings(max_examples=60)
+@given(orders, st.data())
+def test_kills_and_resizes_use_every_row_once(order: Order, data: st.DataObject) -> None:
+    """Attempts at any world size, each killed after any number of rows on each rank."""
+    cursor = Cursor(digest="d")
+    used: list[tuple[int, int]] = []
+    goal = 2  # epochs
+    for _ in range(8):
+        world = data.draw(st.integers(1, 4))
+        parts = []
+        for rank in range(world):
+            first = cursor.first_open(order.num_rows)
+            pieces = order.pieces(cursor, world, rank, range(first, goal))
+            stream = [(p.epoch, x) for p in pieces for x in range(*p.positions)]
+            taken = stream[: data.draw(st.integers(0, len(stream)))]
+            used += taken
+            part = Cursor(digest="d")
+            for epoch in {epoch for epoch, _ in taken}:
+                part.add(epoch, as_intervals(np.array([x for e, x in taken if e == epoch])))
+            parts.append(Cursor.from_json(json.loads(json.dumps(part.to_json()))))
+        for part in data.draw(st.permutations(parts)):
+            cursor.merge(part)
+    first = cursor.first_open(order.num_rows)
+    for rank in range(3):
+        pieces = order.pieces(cursor, 3, rank, range(first, goal))
+        used += [(p.epoch, x) for p in pieces for x in range(*p.positions)]
+    assert sorted(used) == [(epoch, x) for epoch in range(goal) for x in range(order.num_rows)]
+
+
+def test_cursor_stays_compact() -> None:
+    """64 workers far into an epoch of a billion rows: kilobytes."""
+    cursor = Cursor(digest="d")
+    for rank in range(64):
+        start = rank * 15_625_000
+        for step in range(50):
+            cursor.add(0, [(start + step * 256, start + (step + 1) * 256)])
+    assert len(cursor.used[0]) == 64
+    assert len(json.dumps(cursor.to_json())) < 4096

@@ -1,0 +1,140 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config.load import dump, load_config, parse_config
+from pipeline.config.schema import Config, flatten
+from pipeline.errors import UserError
+from tests.tiny import tiny_config, tiny_values
+
+
+def _write(folder: Path, values: dict) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_defaults_are_those_the_readme_promises() -> None:
+    """A changed default changes every run that does not name it: it must be on purpose."""
+    config = tiny_config()
+    assert (config.loss.kind, config.loss.prior, config.loss.u) == ("gamma", "amortized", "mean")
+    assert config.loss.virtual_batch == "global"
+    assert (config.optim.lr, config.optim.betas, config.optim.eps) == (5e-4, (0.9, 0.98), 1e-6)
+    assert (config.optim.weight_decay, config.optim.grad_clip) == (0.2, 1.0)
+    assert config.optim.schedule == "cosine"
+    defaults = Config.model_validate({**tiny_values(), "engine": {}})
+    assert (defaults.engine.zero_stage, defaults.engine.precision) == (1, "bf16")
+    assert defaults.engine.micro_batch == "auto"
+    assert config.model.logit_scale_init == pytest.approx(1 / 0.07)
+    assert (config.data.crop_scale, config.data.flip) == ((0.9, 1.0), 0.0)
+    assert config.data.shuffle_window == 4096
+    assert config.evaluate.every == "end"
+    assert config.cluster.max_failures == 3
+
+
+def test_overrides_win_and_keep_their_types(tmp_path: Path) -> None:
+    path = _write(tmp_path, tiny_values())
+    config = load_config(
+        path, ["train.global_batch=512", "optim.lr=1e-3", "data.crop_scale=[0.5, 1]"]
+    )
+    assert config.train.global_batch == 512
+    assert config.optim.lr == 1e-3
+    assert config.data.crop_scale == (0.5, 1)
+
+
+def test_local_paths_become_absolute_and_urls_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(tiny_values(data={"train": "a/b", "val": "s3://bucket/x"}), "test")
+    assert config.data.train == str(tmp_path / "a/b")
+    assert config.data.val == "s3://bucket/x"
+    assert config.cluster.storage == str(tmp_path / "runs")
+
+
+def test_unknown_keys_are_named_with_the_nearest_right_one(tmp_path: Path) -> None:
+    path = _write(tmp_path, tiny_values(train={"globl_batch": 3}, optim={"learning": 1}))
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    text = str(caught.value)
+    assert "2 problems" in text
+    assert "train.globl_batch: unknown key; did you mean train.global_batch?" in text
+    assert "optim.learning: unknown key; keys here: " in text
+
+
+def test_nested_unknown_key_is_named_in_its_own_section(tmp_path: Path) -> None:
+    path = _write(tmp_path, tiny_values(model={"image": {"sise": 32}}))
+    with pytest.raises(
+        UserError, match=r"model.image.sise: unknown key; did you mean model.image.size"
+    ):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.global_batch=many", "train.global_batch: is 'many'"),
+        ("train.global_batch=0", "train.global_batch: is 0"),
+        ("engine.zero_stage=4", "engine.zero_stage: is 4"),
+        ("engine.precision=fp64", "engine.precision: is 'fp64'"),
+        ("data.crop_scale=[0.9, 0.1]", "crop_scale is"),
+        ("model.image.patch=7", "patch is 7; it must divide size 16"),
+        ("model.text.heads=3", "heads is 3; it must divide width 16"),
+        ("train.epochs=1", "exactly one of samples and epochs"),
+        ("name=a/b", "name: is 'a/b'"),
+        ("evaluate.zero_shot=[{column: c, prompts: [none]}]", "each needs one {} for the class"),
+    ],
+)
+def test_wrong_values_are_named(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(_write(tmp_path, tiny_values()), [override])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("nonsense", "write it as section.key=value"), ("name.x=1", "name is a value, not a section")],
+)
+def test_malformed_overrides(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(_write(tmp_path, tiny_values()), [override])
+
+
+def test_missing_file_bad_yaml_and_no_mapping(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such config file"):
+        load_config(tmp_path / "none.yaml")
+    path = tmp_path / "bad.yaml"
+    path.write_text("a: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(path)
+    path.write_text("- 1")
+    with pytest.raises(UserError, match="a config is a mapping"):
+        load_config(path)
+
+
+def test_dump_reads_back_equal(tmp_path: Path) -> None:
+    config = tiny_config(evaluate={"zero_shot": [{"column": "shape"}]}, data={"val": "v"})
+    path = tmp_path / "again.yaml"
+    path.write_text(dump(config))
+    assert load_config(path) == config
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(ValidationError):
+        tiny_config().train.seed = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_flatten_gives_dotted_plain_values() -> None:
+    flat = flatten(tiny_config())
+    assert flat["model.image.size"] == 16
+    assert flat["data.val"] == "None"
+    assert all(isinstance(value, str | int | float | bool) for value in flat.values())
+
+
+def test_every_shipped_config_is_valid() -> None:
+    paths = sorted(Path("configs").rglob("*.yaml"))
+    assert paths
+    for path in paths:
+        load_config(path)

@@ -1,0 +1,271 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data.layout import as_captions, read_captions, read_catalog, read_classes
+from pipeline.errors import UserError
+
+IMAGES = pa.array([b"one", b"two"])
+TEXTS = pa.array(["a", "b"])
+HF_IMAGES = pa.array([{"bytes": b"one", "path": "1.jpg"}, {"bytes": b"two", "path": None}])
+
+
+def _write(path: Path, **columns: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def _pairs(path: Path, **columns: object) -> Path:
+    return _write(path, **{"image": IMAGES, "caption": TEXTS, **columns})
+
+
+def _columns(path: Path, **given: str) -> tuple[str, str]:
+    columns = read_catalog(str(path), "data.train", **given).columns
+    return columns.image, columns.caption
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        pytest.param(
+            {"jpg": IMAGES, "url": TEXTS, "caption": TEXTS, "key": TEXTS, "width": [1, 2]},
+            ("jpg", "caption"),
+            id="img2dataset",
+        ),
+        pytest.param({"image": HF_IMAGES, "text": TEXTS}, ("image", "text"), id="hugging-face"),
+        pytest.param(
+            {"image": HF_IMAGES, "captions": [["a", "b"], ["c"]]}, ("image", "captions"), id="lists"
+        ),
+        pytest.param({"png": IMAGES, "TEXT": TEXTS}, ("png", "TEXT"), id="upper-case-text"),
+        pytest.param(
+            {"bytes": IMAGES.cast(pa.large_binary()), "txt": TEXTS.cast(pa.large_string())},
+            ("bytes", "txt"),
+            id="large-types",
+        ),
+        pytest.param(
+            {"webp": IMAGES, "sentence": pa.array([["a"], []], pa.large_list(pa.string()))},
+            ("webp", "sentence"),
+            id="large-list",
+        ),
+        pytest.param(
+            {"image": TEXTS, "jpg": IMAGES, "caption": [1, 2], "text": TEXTS},
+            ("jpg", "text"),
+            id="a-known-name-of-another-type-is-passed-over",
+        ),
+        pytest.param(
+            {"jpg": IMAGES, "image": IMAGES, "text": TEXTS, "caption": TEXTS},
+            ("image", "caption"),
+            id="first-known-name-wins",
+        ),
+    ],
+)
+def test_columns_of_known_layouts_are_found(
+    tmp_path: Path, columns: dict, expected: tuple[str, str]
+) -> None:
+    assert _columns(_write(tmp_path / "0.parquet", **columns)) == expected
+
+
+def test_given_columns_win_over_known_names(tmp_path: Path) -> None:
+    path = _pairs(tmp_path / "0.parquet", picture=HF_IMAGES, words=[["a"], ["b"]])
+    assert _columns(path, image="picture") == ("picture", "caption")
+    assert _columns(path, caption="words") == ("image", "words")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"image": "pic"}, r"data.image_column: 'pic' is not in .*; its columns are image: binary"),
+        ({"image": "caption"}, r"'caption' in .* is string; it must be binary or struct<bytes"),
+        ({"image": "other"}, r"'other' in .* is struct<path: string>; it must be binary"),
+        ({"caption": "words"}, r"data.caption_column: 'words' is not in "),
+        ({"caption": "image"}, r"'image' in .* is binary; it must be string or list<string>"),
+        ({"caption": "numbers"}, r"'numbers' in .* is list<.*int64>; it must be string"),
+    ],
+)
+def test_given_columns_must_be_there_and_fit(tmp_path: Path, given: dict, message: str) -> None:
+    path = _pairs(tmp_path / "0.parquet", other=[{"path": "a"}] * 2, numbers=[[1], [2]])
+    with pytest.raises(UserError, match=message):
+        _columns(path, **given)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"pixels": IMAGES, "text": TEXTS}, r"no image column in .*columns are pixels: binary, "),
+        ({"image": TEXTS, "text": TEXTS}, r"no image column .*image: string.*image_column=\.\.\."),
+        ({"image": IMAGES, "words": TEXTS}, r"no caption column .*data.caption_column=\.\.\."),
+    ],
+)
+def test_no_known_column_is_refused_with_what_is_there(
+    tmp_path: Path, columns: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match="^data.train: " + message):
+        _columns(_write(tmp_path / "0.parquet", **columns))
+
+
+def test_links_without_pixels_are_refused_with_how_to_download(tmp_path: Path) -> None:
+    path = _write(tmp_path / "laion.parquet", URL=TEXTS, TEXT=TEXTS)
+    with pytest.raises(
+        UserError, match=r"holds links \(column 'URL'\) .*img2dataset --url_list .*--url_col URL "
+    ):
+        _columns(path)
+
+
+def test_missing_paths_and_folders_without_parquet(tmp_path: Path) -> None:
+    (tmp_path / "notes.csv").write_text("a")
+    (tmp_path / "LICENSE").write_text("b")
+    with pytest.raises(UserError, match=r"^data.val: .*none does not exist; give a folder or file"):
+        read_catalog(str(tmp_path / "none"), "data.val")
+    with pytest.raises(UserError, match=r"no .parquet file .*2 file\(s\) of kind .*csv.*LICENSE"):
+        read_catalog(str(tmp_path), "data.train")
+    with pytest.raises(UserError, match=r"no file matches .*x\*\.parquet"):
+        read_catalog(str(tmp_path / "x*.parquet"), "data.train")
+    with pytest.raises(UserError, match=r"nowhere://a cannot be reached: "):
+        read_catalog("nowhere://a", "data.train")
+
+
+@pytest.mark.parametrize("content", [b"", b"not parquet at all", None])
+def test_unreadable_files_are_named(tmp_path: Path, content: bytes | None) -> None:
+    whole = _pairs(tmp_path / "0.parquet").read_bytes()
+    (tmp_path / "1.parquet").write_bytes(whole[:-20] if content is None else content)
+    with pytest.raises(UserError, match=r"1\.parquet is not readable Parquet: "):
+        read_catalog(str(tmp_path), "data.train")
+
+
+def test_no_rows_at_all_are_refused(tmp_path: Path) -> None:
+    _write(tmp_path / "0.parquet", image=IMAGES[:0], caption=TEXTS[:0])
+    with pytest.raises(UserError, match="holds Parquet files but no rows"):
+        read_catalog(str(tmp_path), "data.train")
+    _pairs(tmp_path / "1.parquet")
+    assert read_catalog(str(tmp_path), "data.train").num_rows == 2
+
+
+def test_shards_are_found_in_nested_folders_and_hidden_ones_are_not(tmp_path: Path) -> None:
+    for name in ("b.parquet", "a/1.parquet", "a/c/0.parquet"):
+        _pairs(tmp_path / "set" / name)
+    for name in (".tmp/0.parquet", "_delta/0.parquet", "a/.1.parquet", "_metadata.parquet"):
+        _write(tmp_path / "set" / name, other=[1])
+    (tmp_path / "set" / "readme.md").write_text("x")
+    catalog = read_catalog(str(tmp_path / "set"), "data.train")
+    names = [Path(shard.path).relative_to(tmp_path / "set").as_posix() for shard in catalog.shards]
+    assert names == ["a/1.parquet", "a/c/0.parquet", "b.parquet"]
+    assert catalog.num_rows == 6
+
+
+def test_a_hidden_folder_above_the_given_one_does_not_hide_it(tmp_path: Path) -> None:
+    _pairs(tmp_path / ".cache" / "set" / "0.parquet")
+    assert read_catalog(str(tmp_path / ".cache" / "set"), "data.train").num_rows == 2
+
+
+def test_globs_and_single_files_take_just_what_they_name(tmp_path: Path) -> None:
+    for name in ("x-0.parquet", "x-1.parquet", "y-0.parquet", "deep/x-2.parquet"):
+        _pairs(tmp_path / name)
+
+    def names(path: str) -> list[str]:
+        catalog = read_catalog(str(tmp_path / path), "data.train")
+        return [Path(shard.path).name for shard in catalog.shards]
+
+    assert names("x-*.parquet") == ["x-0.parquet", "x-1.parquet"]
+    assert names("**/x-[12].parquet") == ["x-2.parquet", "x-1.parquet"]
+    assert names("y-0.parquet") == ["y-0.parquet"]
+
+
+def test_relative_paths_and_file_urls_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pairs(tmp_path / "set" / "0.parquet")
+    monkeypatch.chdir(tmp_path)
+    for path in ("set", "set/*.parquet", (tmp_path / "set").as_uri()):
+        catalog = read_catalog(path, "data.train")
+        assert catalog.num_rows == 2
+        assert read_captions(catalog, 10) == ["a", "b"]
+
+
+def test_every_shard_needs_the_columns_and_the_labels(tmp_path: Path) -> None:
+    _pairs(tmp_path / "0.parquet", label=TEXTS)
+    _write(tmp_path / "1.parquet", image=IMAGES, caption=TEXTS)
+    assert read_catalog(str(tmp_path), "data.val").num_rows == 4
+    with pytest.raises(UserError, match=r"1.parquet has no column 'label' .*every shard needs it"):
+        read_catalog(str(tmp_path), "data.val", labels=["label"])
+    _write(tmp_path / "1.parquet", jpg=IMAGES, caption=TEXTS)
+    with pytest.raises(UserError, match=r"1.parquet has no column 'image' \(it has \['jpg', "):
+        read_catalog(str(tmp_path), "data.val")
+
+
+def test_row_groups_bytes_and_description(tmp_path: Path) -> None:
+    path = tmp_path / "0.parquet"
+    table = pa.table({"image": [b"x"] * 5, "caption": ["y"] * 5})
+    pq.write_table(table, path, row_group_size=2)
+    catalog = read_catalog(str(path), "data.train")
+    assert catalog.shards[0].row_groups == (2, 2, 1)
+    assert catalog.num_bytes == path.stat().st_size
+    assert catalog.names == ("image", "caption")
+    assert "5 rows in 1 Parquet shard(s)" in catalog.describe()
+
+
+def test_digest_follows_the_shards_and_nothing_else(tmp_path: Path) -> None:
+    def digest(folder: str = "set", **given: str) -> str:
+        return read_catalog(str(tmp_path / folder), "data.train", **given).digest
+
+    first = _pairs(tmp_path / "set" / "0.parquet", text=TEXTS)
+    before = digest()
+    first.touch()
+    (tmp_path / "set" / "readme.md").write_text("x")
+    assert digest() == before
+    assert digest(caption="text") == before
+    _pairs(tmp_path / "moved" / "0.parquet", text=TEXTS)
+    assert digest("moved") == before
+
+    second = _pairs(tmp_path / "set" / "1.parquet")
+    both = digest()
+    second.rename(tmp_path / "set" / "2.parquet")
+    renamed = digest()
+    _pairs(tmp_path / "set" / "2.parquet", caption=pa.array(["a longer caption", "b"]))
+    rewritten = digest()
+    assert len({before, both, renamed, rewritten}) == 4
+
+
+def test_captions_come_evenly_from_all_shards(tmp_path: Path) -> None:
+    for shard in range(3):
+        texts = [f"{shard}-{row}" for row in range(10)]
+        table = pa.table({"image": [b"x"] * 10, "caption": texts})
+        pq.write_table(table, tmp_path / f"{shard}.parquet", row_group_size=3)
+    catalog = read_catalog(str(tmp_path), "data.train")
+    expected = [f"{shard}-{row}" for shard in range(3) for row in range(4)]
+    assert read_captions(catalog, 12) == expected
+    assert len(read_captions(catalog, 1000)) == 30
+
+
+def test_captions_of_lists_and_without_the_empty_ones(tmp_path: Path) -> None:
+    _write(
+        tmp_path / "0.parquet", image=[b"x"] * 4, caption=[["a", " b\n c "], [], None, [None, ""]]
+    )
+    _write(tmp_path / "1.parquet", image=[b"x"] * 3, caption=["d", None, "  "])
+    assert read_captions(read_catalog(str(tmp_path), "data.train"), 100) == ["a", "b c", "d"]
+
+
+def test_classes_are_the_distinct_values_of_all_shards_as_text(tmp_path: Path) -> None:
+    _pairs(tmp_path / "0.parquet", name=["star", None], number=[10, 2])
+    _pairs(tmp_path / "1.parquet", name=["circle", "star"], number=[2, None])
+    catalog = read_catalog(str(tmp_path), "data.val", labels=["name", "number"])
+    assert read_classes(catalog, "name") == ["circle", "star"]
+    assert read_classes(catalog, "number") == ["10", "2"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "captions"),
+    [
+        ("  two\t words\n", ["two words"]),
+        (["a", "", None, " b "], ["a", "b"]),
+        ("", []),
+        (" \n", []),
+        (None, []),
+        ([], []),
+        (7, []),
+    ],
+)
+def test_as_captions(cell: object, captions: list[str]) -> None:
+    assert as_captions(cell) == captions

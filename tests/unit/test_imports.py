@@ -1,0 +1,49 @@
+"""P1 as a fact about imports: no loss but the comparators can reach other workers."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+LOSSES = sorted(Path("pipeline/losses").glob("*.py"))
+COMPARATORS = "contrastive.py"
+
+
+def _imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            names.add(ast.unparse(node))
+    return names
+
+
+@pytest.mark.parametrize("path", LOSSES, ids=lambda path: path.name)
+def test_only_comparators_reach_torch_distributed(path: Path) -> None:
+    reaches = any(
+        name.startswith(("torch.distributed", "torch.ops.c10d", "ray", "deepspeed", "mpi4py"))
+        for name in _imported(path)
+    )
+    assert reaches == (path.name == COMPARATORS)
+
+
+def test_no_attic_modules() -> None:
+    names = {path.stem for root in ("pipeline", "jobs") for path in Path(root).rglob("*.py")}
+    assert not names & {"utils", "util", "common", "helpers", "misc"}
+
+
+def test_the_loop_stays_readable_and_free_of_third_parties() -> None:
+    path = Path("pipeline/train/loop.py")
+    assert len(path.read_text().splitlines()) <= 120
+    assert {
+        name.split(".")[0]
+        for name in _imported(path)
+        if not name.startswith(("progress", "cadence", "actions", "report"))
+    } <= {
+        "collections",
+        "dataclasses",
+        "typing",
+    }

@@ -1,0 +1,60 @@
+import pytest
+
+from pipeline.train.loop import (
+    Actions,
+    Cadence,
+    NonFiniteError,
+    Progress,
+    StepReport,
+    run_loop,
+)
+
+
+def _run(progress: Progress, bad_steps: frozenset[int] = frozenset(), **cadence) -> list[str]:
+    seen: list[str] = []
+
+    def step(at: Progress) -> StepReport:
+        return StepReport(samples=4, is_finite=at.step + 1 not in bad_steps)
+
+    def note(name: str):
+        return lambda at: seen.append(f"{name}{at.step}")
+
+    settings = {
+        "steps": 6,
+        "log_every": 2,
+        "evaluate_every": 3,
+        "checkpoint_every": 4,
+        "max_nonfinite": 3,
+    }
+    actions = Actions(step=step, log=note("log"), evaluate=note("eval"), checkpoint=note("save"))
+    run_loop(progress, Cadence(**{**settings, **cadence}), actions)
+    return seen
+
+
+def test_what_is_due_happens_in_order_and_the_end_is_complete() -> None:
+    progress = Progress()
+    seen = _run(progress)
+    assert seen == ["log2", "eval3", "log4", "save4", "log6", "save6", "eval6"]
+    assert (progress.step, progress.samples) == (6, 24)
+
+
+def test_a_resumed_run_does_only_what_is_left() -> None:
+    assert _run(Progress(step=5, samples=20)) == ["log6", "save6", "eval6"]
+    assert _run(Progress(step=6, samples=24)) == ["eval6"]
+
+
+def test_evaluation_only_at_the_end() -> None:
+    assert [name for name in _run(Progress(), evaluate_every="end") if "eval" in name] == ["eval6"]
+
+
+def test_nonfinite_steps_are_counted_and_not_saved() -> None:
+    progress = Progress()
+    seen = _run(progress, bad_steps=frozenset({4}))
+    assert "save4" not in seen
+    assert "save6" in seen
+    assert (progress.nonfinite_steps, progress.nonfinite_in_a_row) == (1, 0)
+
+
+def test_too_many_nonfinite_steps_in_a_row_stop_the_run() -> None:
+    with pytest.raises(NonFiniteError, match=r"step 5: .* in 3 steps in a row .*lower optim.lr"):
+        _run(Progress(), bad_steps=frozenset({3, 4, 5}))
