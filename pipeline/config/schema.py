@@ -25,32 +25,32 @@ class DataConfig(Section):
     """Where the pairs are and how a row becomes an image array and token ids."""
 
     train: str = Field(description="Folder, file or glob of training Parquet.")
-    val: str | None = Field(None, description="The same for evaluation; absent: no evaluation.")
-    image_column: str = Field("auto", description="Column of encoded image bytes, or auto.")
-    caption_column: str = Field("auto", description="Column of captions (string or list), or auto.")
+    val: str | None = Field(default=None, description="The same for evaluation; absent: no evaluation.")
+    image_column: str = Field(default="auto", description="Column of encoded image bytes, or auto.")
+    caption_column: str = Field(default="auto", description="Column of captions (string or list), or auto.")
     tokenizer: str = Field(
-        "train",
+        default="train",
         description="`train` (BPE on the captions), or a Hugging Face tokenizer path or id.",
     )
     vocab_size: Annotated[int, Field(ge=300)] = Field(
-        8192, description="Most tokens of a trained tokenizer; unused with a tokenizer path."
+        default=8192, description="Most tokens of a trained tokenizer; unused with a tokenizer path."
     )
     shuffle_window: PositiveInt = Field(
-        4096, description="Rows shuffled together: about this many, from random row groups."
+        default=4096, description="Rows shuffled together: about this many, from random row groups."
     )
     crop_scale: tuple[float, float] = Field(
-        (0.9, 1.0), description="Share of the image area kept by the random resized crop."
+        default=(0.9, 1.0), description="Share of the image area kept by the random resized crop."
     )
     flip: Fraction = Field(
-        0.0, description="Probability of a left-right flip; captions name sides."
+        default=0.0, description="Probability of a left-right flip; captions name sides."
     )
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     background: tuple[int, int, int] = Field(
-        (255, 255, 255), description="RGB under transparent pixels, 0-255."
+        default=(255, 255, 255), description="RGB under transparent pixels, 0-255."
     )
     max_bad_fraction: Fraction = Field(
-        0.5, description="The run stops when more than this share of the rows read is unusable."
+        default=0.5, description="The run stops when more than this share of the rows read is unusable."
     )
 
     @model_validator(mode="after")
@@ -66,8 +66,8 @@ class DataConfig(Section):
 class ImageTower(Section):
     """A vision transformer; sizes as in transformers' CLIPVisionConfig."""
 
-    size: PositiveInt = Field(224, description="Input side in pixels.")
-    patch: PositiveInt = Field(32, description="Patch side in pixels; must divide size.")
+    size: PositiveInt = Field(default=224, description="Input side in pixels.")
+    patch: PositiveInt = Field(default=32, description="Patch side in pixels; must divide size.")
     width: PositiveInt = 768
     layers: PositiveInt = 12
     heads: PositiveInt = 12
@@ -84,7 +84,7 @@ class TextTower(Section):
     """A causal text transformer; sizes as in transformers' CLIPTextConfig."""
 
     context_length: Annotated[int, Field(ge=3)] = Field(
-        77, description="Tokens a caption is cut to, start and end included."
+        default=77, description="Tokens a caption is cut to, start and end included."
     )
     width: PositiveInt = 512
     layers: PositiveInt = 12
@@ -105,16 +105,16 @@ class ModelConfig(Section):
     """The two-tower model: sizes, or pretrained weights that bring their own."""
 
     pretrained: str | None = Field(
-        None, description="Folder or hub id of a CLIP model; its sizes replace those given here."
+        default=None, description="Folder or hub id of a CLIP model; its sizes replace those given here."
     )
     embed_dim: PositiveInt = 512
     image: ImageTower = ImageTower()
     text: TextTower = TextTower()
     logit_scale_init: Annotated[float, Field(ge=1, le=100)] = Field(
-        1 / 0.07, description="First value of the logit scale (1 / temperature)."
+        default=1 / 0.07, description="First value of the logit scale (1 / temperature)."
     )
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in backward: less memory, about a third slower."
+        default=False, description="Recompute activations in backward: less memory, about a third slower."
     )
 
 
@@ -122,16 +122,16 @@ class LossConfig(Section):
     """The contrastive loss; LOSS names as in pipeline/losses."""
 
     kind: Literal["gamma", "infonce_gathered"] = Field(
-        "gamma", description="gamma gathers nothing; infonce_gathered gathers all embeddings."
+        default="gamma", description="gamma gathers nothing; infonce_gathered gathers all embeddings."
     )
     prior: Literal["none", "amortized"] = Field(
-        "amortized", description="Belief about each anchor's normaliser beside the local batch."
+        default="amortized", description="Belief about each anchor's normaliser beside the local batch."
     )
     u: Literal["mean", "sampled"] = Field(
-        "mean", description="The auxiliary variable: its conditional mean, or a draw from it."
+        default="mean", description="The auxiliary variable: its conditional mean, or a draw from it."
     )
     virtual_batch: Annotated[int, Field(ge=2)] | Literal["global"] = Field(
-        "global",
+        default="global",
         description="Batch size whose InfoNCE the loss targets; global: train.global_batch.",
     )
 
@@ -139,18 +139,18 @@ class LossConfig(Section):
 class OptimConfig(Section):
     """AdamW with a warm-up and a schedule counted in samples."""
 
-    lr: PositiveFloat = Field(5e-4, description="Peak learning rate of the towers.")
-    prior_lr: PositiveFloat = Field(2e-3, description="Peak learning rate of the amortized prior.")
+    lr: PositiveFloat = Field(default=5e-4, description="Peak learning rate of the towers.")
+    prior_lr: PositiveFloat = Field(default=2e-3, description="Peak learning rate of the amortized prior.")
     betas: tuple[float, float] = (0.9, 0.98)
     eps: PositiveFloat = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.2, description="On matrices only: not on norms, biases and the logit scale."
+        default=0.2, description="On matrices only: not on norms, biases and the logit scale."
     )
     warmup_samples: NonNegativeInt = Field(
-        0, description="Samples over which the rate rises linearly from zero."
+        default=0, description="Samples over which the rate rises linearly from zero."
     )
     schedule: Literal["cosine", "constant"] = "cosine"
-    grad_clip: PositiveFloat = Field(1.0, description="Largest global gradient norm.")
+    grad_clip: PositiveFloat = Field(default=1.0, description="Largest global gradient norm.")
 
 
 class EngineConfig(Section):
@@ -159,7 +159,7 @@ class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "bf16"
     micro_batch: PositiveInt | Literal["auto"] = Field(
-        "auto",
+        default="auto",
         description="Pairs per worker in one forward; auto: global_batch / workers in one go. "
         "Fewer: gradients accumulate, and negatives come from the micro batch.",
     )
@@ -168,15 +168,15 @@ class EngineConfig(Section):
 class TrainConfig(Section):
     """How long, how much at once, and what happens how often."""
 
-    global_batch: PositiveInt = Field(512, description="Pairs per optimiser step, all workers.")
-    samples: PositiveInt | None = Field(None, description="Length of the run in pairs seen.")
-    epochs: PositiveFloat | None = Field(None, description="Length of the run in epochs.")
+    global_batch: PositiveInt = Field(default=512, description="Pairs per optimiser step, all workers.")
+    samples: PositiveInt | None = Field(default=None, description="Length of the run in pairs seen.")
+    epochs: PositiveFloat | None = Field(default=None, description="Length of the run in epochs.")
     seed: NonNegativeInt = 0
-    checkpoint_every: PositiveInt = Field(500, description="Optimiser steps between checkpoints.")
-    keep: PositiveInt = Field(2, description="Checkpoints kept; the newest ones.")
-    log_every: PositiveInt = Field(10, description="Optimiser steps between metric points.")
+    checkpoint_every: PositiveInt = Field(default=500, description="Optimiser steps between checkpoints.")
+    keep: PositiveInt = Field(default=2, description="Checkpoints kept; the newest ones.")
+    log_every: PositiveInt = Field(default=10, description="Optimiser steps between metric points.")
     max_nonfinite: PositiveInt = Field(
-        10, description="Stop after so many steps in a row whose loss or gradient is not finite."
+        default=10, description="Stop after so many steps in a row whose loss or gradient is not finite."
     )
 
     @model_validator(mode="after")
@@ -191,10 +191,10 @@ class ZeroShotTask(Section):
 
     column: str = Field(description="Column of class labels in the evaluation Parquet.")
     prompts: tuple[str, ...] = Field(
-        ("a photo of a {}",), description="Templates; embeddings are averaged over them."
+        default=("a photo of a {}",), description="Templates; embeddings are averaged over them."
     )
     classes: str | None = Field(
-        None, description="Text file, one class name a line; absent: the column's distinct values."
+        default=None, description="Text file, one class name a line; absent: the column's distinct values."
     )
 
     @model_validator(mode="after")
@@ -209,10 +209,10 @@ class EvaluateConfig(Section):
     """What is measured on data.val, and when; always at the end of the run too."""
 
     every: PositiveInt | Literal["end"] = Field(
-        "end", description="Optimiser steps between evaluations, or only at the end."
+        default="end", description="Optimiser steps between evaluations, or only at the end."
     )
-    max_rows: PositiveInt = Field(10_000, description="Rows of data.val used, from the start.")
-    batch: PositiveInt = Field(128, description="Rows per worker in one forward.")
+    max_rows: PositiveInt = Field(default=10_000, description="Rows of data.val used, from the start.")
+    batch: PositiveInt = Field(default=128, description="Rows per worker in one forward.")
     retrieval: bool = True
     zero_shot: tuple[ZeroShotTask, ...] = ()
 
@@ -221,25 +221,25 @@ class TrackingConfig(Section):
     """Where MLflow keeps the run."""
 
     uri: str = Field(
-        "embedded", description="embedded (sqlite beside the runs; one node), or a server's URI."
+        default="embedded", description="embedded (sqlite beside the runs; one node), or a server's URI."
     )
     experiment: str = "gammaray"
-    system_metrics_seconds: PositiveInt = Field(10, description="Seconds between system metrics.")
+    system_metrics_seconds: PositiveInt = Field(default=10, description="Seconds between system metrics.")
 
 
 class ClusterConfig(Section):
     """What the run asks of Ray, and where its files go."""
 
-    address: str = Field("local", description="local (start Ray here), or auto or an address.")
+    address: str = Field(default="local", description="local (start Ray here), or auto or an address.")
     workers: PositiveInt = 1
-    cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs reserved for one worker.")
+    cpus_per_worker: PositiveFloat = Field(default=1.0, description="CPUs reserved for one worker.")
     gpus_per_worker: Literal[0, 1] = 0
     ingest_cpus: PositiveInt = Field(
-        1, description="CPUs that must be left beside the workers for reading and decoding."
+        default=1, description="CPUs that must be left beside the workers for reading and decoding."
     )
-    storage: str = Field("runs", description="Folder or URL for checkpoints; runs live inside it.")
+    storage: str = Field(default="runs", description="Folder or URL for checkpoints; runs live inside it.")
     max_failures: NonNegativeInt = Field(
-        3, description="Worker failures after which the run gives up; each resumes by itself."
+        default=3, description="Worker failures after which the run gives up; each resumes by itself."
     )
 
 
@@ -247,7 +247,7 @@ class Config(Section):
     """A whole run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        description="The run's name: its folder in cluster.storage and its MLflow run name."
+       default= description="The run's name: its folder in cluster.storage and its MLflow run name."
     )
     data: DataConfig
     model: ModelConfig = ModelConfig()

@@ -126,6 +126,15 @@ _ONE_TEMPLATES = (
     "{a} on a plain background",
     "only {a}",
 )
+# People name what strikes them: a lone object is not always named in full.
+_ONE_NAMES = (
+    "a {size} {color} {shape}",
+    "a {size} {color} {shape}",
+    "a {size} {color} {shape}",
+    "a {color} {shape}",
+    "a {size} {shape}",
+    "a {shape}",
+)
 _TWO_TEMPLATES = (
     "{a} {relation} {b}",
     "{a} is {relation} {b}",
@@ -428,7 +437,8 @@ def _caption_one(scene: Scene, rng: np.random.Generator) -> str:
     if where is None:
         return _name(thing)
     phrase = _pick(rng, _PLACE_PHRASES[where])
-    return _pick(rng, _ONE_TEMPLATES).format(a=_name(thing), place=phrase)
+    name = _pick(rng, _ONE_NAMES).format(size=thing.size, color=thing.color, shape=thing.shape)
+    return _pick(rng, _ONE_TEMPLATES).format(a=name, place=phrase)
 
 
 def _caption_two(scene: Scene, rng: np.random.Generator) -> str:

@@ -51,13 +51,17 @@ def _decode_jpeg(data: bytes) -> Pixels | None:
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        if height * width > MAX_PIXELS:
-            raise BadImage("huge_image")
-        if colorspace not in ("YCbCr", "RGB", "Gray"):
-            return None
-        return simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:
         return None
+    if int(height) * int(width) > MAX_PIXELS:
+        raise BadImage("huge_image")
+    if colorspace not in ("YCbCr", "RGB", "Gray"):
+        return None
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB")
+    except ValueError as error:
+        # Not Pillow's turn: it would fill the damaged part with grey and say nothing.
+        raise BadImage("corrupt_image") from error
 
 
 def _decode_any(data: bytes, background: tuple[int, int, int]) -> Pixels:
@@ -74,7 +78,8 @@ def _decode_any(data: bytes, background: tuple[int, int, int]) -> Pixels:
                 image = Image.alpha_composite(ground, image)
             if image.mode.startswith("I;16") or image.mode in ("I", "F"):
                 depth = np.asarray(image, dtype=np.float64)
-                scale = 255.0 / (65535.0 if depth.max() > 255 else 255.0)
+                is_16_bit = image.mode.startswith("I;16") or depth.max() > 255
+                scale = 255.0 / 65535.0 if is_16_bit else 1.0
                 image = Image.fromarray((depth * scale).clip(0, 255).astype(np.uint8))
             return np.asarray(image.convert("RGB"))
     except BadImage:
@@ -118,13 +123,14 @@ def _sample_crop(
 
 
 def eval_geometry(pixels: Pixels, size: int) -> Pixels:
-    """Resize the short side to `size` and cut the centre; [size, size, 3]."""
+    """Cut the centre square and resize it to `size`; [size, size, 3].
+
+    The same picture as resizing the short side and cutting then, without computing what is cut.
+    """
     height, width = pixels.shape[:2]
-    factor = size / min(height, width)
-    new_height, new_width = max(size, round(height * factor)), max(size, round(width * factor))
-    pixels = _resize(pixels, new_height, new_width)
-    top, left = (new_height - size) // 2, (new_width - size) // 2
-    return np.ascontiguousarray(pixels[top : top + size, left : left + size])
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return _resize(pixels[top : top + side, left : left + side], size, size)
 
 
 def _resize(pixels: Pixels, height: int, width: int) -> Pixels:

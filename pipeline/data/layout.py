@@ -19,7 +19,8 @@ from pipeline.errors import UserError
 
 IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes", "content")
 CAPTION_NAMES = (
-    "caption", "captions", "text", "txt", "TEXT", "title", "alt_text", "raw", "sentence", "caption_0",
+    "caption", "captions", "text", "txt", "TEXT", "title", "alt_text", "raw", "sentence",
+    "caption_0",
 )  # fmt: skip
 URL_NAMES = ("url", "URL", "image_url")
 
@@ -99,12 +100,7 @@ def read_catalog(
         footers = list(pool.map(lambda item: _footer(filesystem, item, place), paths))
     columns = resolve_columns(footers[0][1], paths[0], place, image, caption)
     for (_, schema), item in zip(footers, paths, strict=True):
-        for name in (columns.image, columns.caption, *labels):
-            if name not in schema.names:
-                raise UserError(
-                    f"{place}: {item} has no column '{name}' (it has {schema.names}); "
-                    "every shard needs it: set the column in the config, or remove the file"
-                )
+        _check_columns(schema, item, place, columns, labels)
     shards = tuple(shard for shard, _ in footers)
     catalog = Catalog(root=path, shards=shards, columns=columns, names=tuple(footers[0][1].names))
     if catalog.num_rows == 0:
@@ -112,9 +108,36 @@ def read_catalog(
     return catalog
 
 
+def _check_columns(
+    schema: pa.Schema, path: str, place: str, columns: Columns, labels: Sequence[str]
+) -> None:
+    """Every shard must hold the chosen columns, once, with types that can be read."""
+    wanted = {columns.image: _holds_image, columns.caption: _holds_caption}
+    for name in (columns.image, columns.caption, *labels):
+        count = schema.names.count(name)
+        if count != 1:
+            raise UserError(
+                f"{place}: {path} has {'no column' if not count else f'{count} columns'} '{name}' "
+                f"(it has {schema.names}); every shard needs it once: set the column in the "
+                "config, or remove the file"
+            )
+        kind = schema.field(name).type
+        if not wanted.get(name, _holds_label)(kind):
+            raise UserError(
+                f"{place}: column '{name}' of {path} is {kind}, which cannot be used here; "
+                "name another column, or remove the file"
+            )
+
+
 def _find(path: str, place: str) -> tuple[pafs.FileSystem, list[str]]:
-    if "://" not in path and any(character in path for character in "*?["):
-        found = sorted(str(Path(item).absolute()) for item in glob.glob(path, recursive=True))
+    is_glob = any(character in path for character in "*?[") and not Path(path).exists()
+    if "://" not in path and is_glob:
+        matches = sorted(str(Path(item).absolute()) for item in glob.glob(path, recursive=True))  # noqa: PTH207  the pattern may be absolute
+        found: list[str] = []
+        for match in matches:
+            if Path(match).name.startswith((".", "_")):
+                continue
+            found += _find(match, place)[1] if Path(match).is_dir() else [match]
         if not found:
             raise UserError(f"{place}: no file matches {path}")
         return pafs.LocalFileSystem(), found
@@ -182,7 +205,7 @@ def _resolve(
             )
         return given
     for name in known:
-        if name in schema.names and fits(schema.field(name).type):
+        if schema.names.count(name) == 1 and fits(schema.field(name).type):
             return name
     urls = [name for name in URL_NAMES if name in schema.names]
     if role == "image" and urls:
@@ -206,7 +229,13 @@ def _holds_image(kind: pa.DataType) -> bool:
 def _holds_caption(kind: pa.DataType) -> bool:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
+
+
+def _holds_label(kind: pa.DataType) -> bool:
+    return not pa.types.is_nested(kind) and not pa.types.is_binary(kind)
 
 
 def read_captions(catalog: Catalog, most: int) -> list[str]:
@@ -215,16 +244,13 @@ def read_captions(catalog: Catalog, most: int) -> list[str]:
     share = max(1, most // len(catalog.shards))
     captions: list[str] = []
     for shard in catalog.shards:
-        taken = 0
-        with filesystem.open_input_file(shard.path) as file:
-            parquet = pq.ParquetFile(file)
-            for group in range(parquet.num_row_groups):
-                column = parquet.read_row_group(group, columns=[catalog.columns.caption]).column(0)
-                texts = [text for item in column.to_pylist() for text in as_captions(item)]
-                captions.extend(texts[: share - taken])
-                taken += len(texts)
-                if taken >= share:
-                    break
+        enough = len(captions) + share
+        for group in range(len(shard.row_groups)):
+            column = _read_column(filesystem, shard, catalog.columns.caption, group)
+            captions.extend(text for item in column.to_pylist() for text in as_captions(item))
+            if len(captions) >= enough:
+                del captions[enough:]
+                break
     return captions
 
 
@@ -233,12 +259,25 @@ def read_classes(catalog: Catalog, column: str) -> list[str]:
     filesystem, _ = open_filesystem(catalog.root)
     values: set[str] = set()
     for shard in catalog.shards:
-        with filesystem.open_input_file(shard.path) as file:
-            table = pq.read_table(file, columns=[column])
-        values.update(
-            str(value) for value in table.column(0).unique().to_pylist() if value is not None
-        )
+        found = _read_column(filesystem, shard, column).unique().to_pylist()
+        values.update(str(value) for value in found if value is not None)
     return sorted(values)
+
+
+def _read_column(
+    filesystem: pafs.FileSystem, shard: Shard, column: str, group: int | None = None
+) -> pa.ChunkedArray:
+    """Read one column of a shard, or of one of its row groups."""
+    try:
+        with filesystem.open_input_file(shard.path) as file:
+            parquet = pq.ParquetFile(file)
+            groups = range(parquet.num_row_groups) if group is None else [group]
+            return parquet.read_row_groups(list(groups), columns=[column]).column(0)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"{shard.path}: column '{column}' cannot be read ({error}); the file is damaged: "
+            "restore or remove it"
+        ) from error
 
 
 def as_captions(value: object) -> list[str]:

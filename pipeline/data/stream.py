@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
@@ -142,7 +142,7 @@ def eval_batches(
     batch_size: int,
     ingest_cpus: float,
 ) -> Iterator[Batch]:
-    """Give this rank's share of the first `max_rows` rows, once, in order; the last batch padded."""
+    """Give this rank's share of the first `max_rows` rows, in order; the last batch is padded."""
     order = make_order(catalog, window_rows=1024, seed=0, shuffle=False)
     rows = min(max_rows, order.num_rows)
     beyond = Cursor(digest=catalog.digest, used={0: ((rows, order.num_rows),)})
@@ -175,9 +175,9 @@ def _blocks(
         tasks = [_ReadPiece.of(catalog, order, piece, recipe.labels) for piece in planned]
         dataset = ray.data.read_datasource(_Pieces(tasks), override_num_blocks=len(tasks))
         dataset = dataset.map_batches(_Decode(recipe), batch_size=None, batch_format="pyarrow")
-        yield from dataset.iterator().iter_batches(
-            batch_size=None, batch_format="numpy", prefetch_batches=2
-        )
+        iterator: Any = dataset.iterator()
+        # No batch size: whole blocks, zero-copy; batches are cut here, where bad rows drop out.
+        yield from iterator.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
 
 
 class _Pieces(Datasource):
@@ -262,7 +262,7 @@ class _ReadPiece:
             ) from error
         image = table.column(self.image)
         if pa.types.is_struct(image.type):
-            image = pa.compute.struct_field(image, "bytes")
+            image = pc.struct_field(image, "bytes")  # pyright: ignore[reportAttributeAccessIssue]
         columns = {
             # Large offsets: a window of big pictures passes 2 GiB.
             "image": image.cast(pa.large_binary()),
@@ -396,7 +396,7 @@ class _Filling:
         self._length = recipe.context_length
 
     def take(self, block: dict[str, Any], start: int, catalog: Catalog) -> int:
-        """Copy rows of `block` from `start` on until full; give the row after the last one taken."""
+        """Copy rows of `block` from `start` on until full; give the row after the last taken."""
         reasons = block["reason"]
         free = len(self.images) - self.rows
         good = np.flatnonzero(reasons[start:] == GOOD)

@@ -54,6 +54,7 @@ def _backend(json: str) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer.from_str(json)
     backend.no_padding()
     backend.no_truncation()
+    backend.encode_special_tokens = True  # "<|endoftext|>" in a caption is text like any other
     return backend
 
 

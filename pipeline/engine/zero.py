@@ -146,4 +146,6 @@ def load_weights(folder: Path, zero_stage: int) -> dict[str, Tensor]:
         return {name: tensor.float() for name, tensor in state["module"].items()}
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+    weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+    assert weights is not None, "DeepSpeed gives None only where it merges files in place"
+    return weights

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from pipeline.losses.normalizer import Evidence, log_mean_exp, prior_deviance
 
-
 PRIOR_GRADIENT_SCALE = 1e-3
 
 

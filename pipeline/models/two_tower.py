@@ -6,13 +6,13 @@ Must not know: the loss, the data, DeepSpeed.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel
-from transformers.models.clip.modeling_clip import CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import UserError
@@ -26,6 +26,9 @@ class TwoTower(nn.Module):
     Images are normalised here, on the device; they travel as uint8.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, clip: CLIPModel, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.vision_model = clip.vision_model
@@ -36,7 +39,7 @@ class TwoTower(nn.Module):
         self.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1).float())
         self.register_buffer("mean", torch.tensor(mean) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std) * 255, persistent=False)
-        self.embed_dim = clip.config.projection_dim
+        self.embed_dim: int = clip.visual_projection.out_features
         self.clip_config: CLIPConfig = clip.config
 
     def forward(
@@ -84,6 +87,11 @@ def build_two_tower(
     cannot be loaded or do not fit the tokenizer or the configured sizes.
     """
     if config.pretrained is None:
+        if end == 2:
+            raise UserError(
+                "data.tokenizer: its end token has id 2, which transformers' CLIP reads as a "
+                "legacy marker (it would pool at the largest id); use `train` or another tokenizer"
+            )
         clip = CLIPModel(clip_config(config, vocab_size, start, end, pad))
     else:
         clip = _load_pretrained(config.pretrained)
@@ -138,11 +146,12 @@ def _load_pretrained(path: str) -> CLIPModel:
 
 
 def _check_pretrained(found: CLIPConfig, config: ModelConfig, vocab_size: int) -> None:
-    vision, text = found.vision_config, found.text_config
+    vision: Any = found.vision_config
+    text: Any = found.text_config
     if vocab_size > text.vocab_size:
         raise UserError(
-            f"data.tokenizer: it has {vocab_size} ids, model.pretrained {config.pretrained!r} knows "
-            f"{text.vocab_size}; use the tokenizer the model came with"
+            f"data.tokenizer: it has {vocab_size} ids, model.pretrained {config.pretrained!r} "
+            f"knows {text.vocab_size}; use the tokenizer the model came with"
         )
     for place, given, theirs in (
         ("model.image.size", config.image.size, vision.image_size),
@@ -150,6 +159,6 @@ def _check_pretrained(found: CLIPConfig, config: ModelConfig, vocab_size: int) -
     ):
         if given != theirs:
             raise UserError(
-                f"{place} is {given}; model.pretrained {config.pretrained!r} was made for {theirs}: "
-                f"set {place}={theirs}"
+                f"{place} is {given}; model.pretrained {config.pretrained!r} was made for "
+                f"{theirs}: set {place}={theirs}"
             )

@@ -5,9 +5,11 @@ Must not know: training.
 """
 
 import contextlib
+import http.client
 import logging
 import os
 import queue
+import re
 import threading
 import time
 import urllib.error
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-LAST_STEP_METRIC = "train/loss"
 FLUSH_SECONDS = 2.0
 RETRY_SECONDS = 15.0
 MAX_BUFFERED = 100_000
@@ -49,9 +50,16 @@ def tracking_uri(uri: str, storage: str) -> str:
 
 def check_reachable(uri: str) -> None:
     """Raise `UserError` unless the tracker at `uri` answers (a server) or can exist (a file)."""
+    if uri.startswith("sqlite:///"):
+        folder = Path(uri.removeprefix("sqlite:///")).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"tracking.uri: cannot make the folder of {uri} ({error}); choose another"
+            ) from error
+        return
     if not uri.startswith(("http://", "https://")):
-        if uri.startswith("sqlite:///") or uri.startswith("file:") or "://" in uri:
-            return
         raise UserError(
             f"tracking.uri: {uri!r} is no tracker; give embedded, sqlite:///FILE or http://HOST:PORT"
         )
@@ -60,7 +68,7 @@ def check_reachable(uri: str) -> None:
             answer.read()
     except urllib.error.HTTPError:
         return  # it answers; what it thinks of us shows at the first real call
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(
             f"tracking.uri: no MLflow server answers at {uri} ({error}); start it, mend the "
             "address, or use tracking.uri=embedded"
@@ -158,7 +166,7 @@ class MetricLog:
     def _run(self) -> None:
         client: MlflowClient | None = None
         monitor: Any = None
-        logged = -1
+        logged: dict[str, int] = {}
         waiting: deque[tuple[int, int, dict[str, float]]] = deque(maxlen=MAX_BUFFERED)
         is_open, is_warned, retry_at = True, False, 0.0
         while is_open or waiting:
@@ -168,7 +176,6 @@ class MetricLog:
             try:
                 if client is None:
                     client = _client(self._ref.uri)
-                    logged = _last_step(client, self._ref.run_id)
                     monitor = _start_monitor(self._ref, self._interval)
                 _send(client, self._ref.run_id, waiting, logged)
                 is_warned = False
@@ -203,17 +210,21 @@ def _send(
     client: "MlflowClient",
     run_id: str,
     waiting: deque[tuple[int, int, dict[str, float]]],
-    logged: int,
+    logged: dict[str, int],
 ) -> None:
+    """Send `waiting` in order; `logged` holds the last step of a metric before this attempt."""
     from mlflow.entities import Metric
 
     while waiting:
         points = [waiting[i] for i in range(min(len(waiting), 20))]
+        for name in {name for _, _, metrics in points for name in metrics} - logged.keys():
+            history = client.get_metric_history(run_id, metric_name(name))
+            logged[name] = max((point.step for point in history), default=-1)
         entries = [
-            Metric(name, value, timestamp, step)
+            Metric(metric_name(name), value, timestamp, step)
             for step, timestamp, metrics in points
-            if step > logged
             for name, value in metrics.items()
+            if step > logged[name]
         ]
         if entries:
             client.log_batch(run_id, metrics=entries)
@@ -221,9 +232,9 @@ def _send(
             waiting.popleft()
 
 
-def _last_step(client: "MlflowClient", run_id: str) -> int:
-    points = client.get_metric_history(run_id, LAST_STEP_METRIC)
-    return max((point.step for point in points), default=-1)
+def metric_name(name: str) -> str:
+    """`name` with what MLflow refuses in metric names replaced (a label column may hold it)."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
 
 
 def _start_monitor(ref: RunRef, interval: int) -> Any:

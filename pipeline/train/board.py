@@ -9,7 +9,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 Event = Mapping[str, Any]
 
 
-@ray.remote(num_cpus=0)
 class _Board:
     def __init__(self) -> None:
         self._events: list[Event] = []
@@ -22,12 +21,15 @@ class _Board:
         return events
 
 
+_BOARD: Any = ray.remote(num_cpus=0)(_Board)
+
+
 class Board:
     """Workers `post` without waiting; the driver `take`s what has come since."""
 
     def __init__(self) -> None:
         here = ray.get_runtime_context().get_node_id()
-        self._actor = _Board.options(
+        self._actor: Any = _BOARD.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)
         ).remote()
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -269,7 +270,6 @@ def _start_ray(config: Config, listen: Listener) -> None:
             f"cluster.address: no Ray cluster at {config.cluster.address} ({error}); use local, or "
             "start one with `ray start --head`"
         ) from error
-    ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def _ask_cluster(config: Config) -> list[Any]:

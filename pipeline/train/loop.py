@@ -40,7 +40,7 @@ class StepReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Actions:
-    """What the loop calls. `check` may stop the run by raising (too many bad rows, say)."""
+    """What the loop calls, on every rank alike; any may stop the run by raising."""
 
     step: Callable[[Progress], StepReport]
     log: Callable[[Progress], None]
@@ -77,14 +77,13 @@ def run_loop(progress: Progress, cadence: Cadence, actions: Actions) -> None:
         is_last = progress.step == cadence.steps
         if _is_due(progress.step, cadence.log_every) or is_last:
             actions.log(progress)
-        if cadence.evaluate_every != "end" and not is_last:
-            if _is_due(progress.step, cadence.evaluate_every):
-                actions.evaluate(progress)
-        if _is_due(progress.step, cadence.checkpoint_every) or is_last:
-            if progress.nonfinite_in_a_row == 0:
-                actions.checkpoint(progress)
+        if _is_due(progress.step, cadence.evaluate_every) and not is_last:
+            actions.evaluate(progress)
+        is_good = progress.nonfinite_in_a_row == 0
+        if is_good and (_is_due(progress.step, cadence.checkpoint_every) or is_last):
+            actions.checkpoint(progress)
     actions.evaluate(progress)
 
 
-def _is_due(step: int, every: int) -> bool:
-    return step % every == 0
+def _is_due(step: int, every: int | Literal["end"]) -> bool:
+    return every != "end" and step % every == 0

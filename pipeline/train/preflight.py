@@ -179,9 +179,9 @@ def _read_classes(config: Config, val: Catalog | None) -> tuple[tuple[str, ...],
 def _read_class_file(path: str, place: str) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{place}: cannot read {path} ({error.strerror})") from error
-    return [line.strip() for line in lines if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{place}: cannot read {path} as UTF-8 text ({error})") from error
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
 def _make_tokenizer(config: Config, catalog: Catalog) -> Tokenizer:

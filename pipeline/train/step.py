@@ -69,8 +69,8 @@ def _backward_nothing(engine: Engine, images: Tensor, tokens: Tensor) -> None:
     in the collectives of this backward.
     """
     outputs = engine(torch.zeros_like(images), tokens[:1].expand_as(tokens))
-    nothing = sum(part.sum() for part in outputs if part is not None) * 0.0
-    engine.backward(nothing)
+    sums = torch.stack([part.sum() for part in outputs if part is not None])
+    engine.backward(sums.sum() * 0.0)
 
 
 def _mean(metrics: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -48,14 +48,17 @@ class RunFolder:
     @staticmethod
     def of(storage: str, name: str) -> "RunFolder":
         """The folder of run `name` in `storage`, which need not exist yet."""
-        filesystem, root = open_filesystem(storage)
+        try:
+            filesystem, root = open_filesystem(storage)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"cluster.storage: {storage} cannot be reached: {error}") from error
         return RunFolder(filesystem, f"{root.rstrip('/')}/{name}", f"{storage.rstrip('/')}/{name}")
 
     def check_writable(self) -> None:
         """Raise `UserError` unless files can be written here."""
         probe = f"{self.path}/.probe"
-        existed = self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound
         try:
+            existed = self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound
             self.filesystem.create_dir(self.path, recursive=True)
             self.write_text(".probe", "ok")
             self.filesystem.delete_file(probe)
@@ -90,8 +93,14 @@ class RunFolder:
         text = self.read_text(RECORD)
         if text is None:
             return None
-        values = json.loads(text)
-        return RunRecord(**{**values, "tokenizer": Tokenizer(**values["tokenizer"])})
+        try:
+            values = json.loads(text)
+            return RunRecord(**{**values, "tokenizer": Tokenizer(**values["tokenizer"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{self.url}/{RECORD}: not a run's record ({error}); remove the folder, or use "
+                "another name"
+            ) from error
 
     def checkpoints(self) -> list[str]:
         """Names of the checkpoints that have a meta file, oldest first."""
@@ -136,8 +145,18 @@ def find_run(storage: str, name: str) -> tuple[RunFolder, RunRecord | None]:
 
 def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Say which values of two flat configs differ, leaving out what a resumed run may change."""
-    free = ("cluster.", "tracking.", "evaluate.", "train.log_every", "train.checkpoint_every",
-            "train.keep", "train.max_nonfinite", "data.val", "data.max_bad_fraction", "name")  # fmt: skip
+    free = (
+        "name",
+        "data.val",
+        "data.max_bad_fraction",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep",
+        "train.max_nonfinite",
+        "evaluate.",
+        "tracking.",
+        "cluster.",
+    )
     keys = sorted(set(before) | set(now))
     return [
         f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"

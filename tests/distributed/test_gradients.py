@@ -88,9 +88,7 @@ def test_gradients_equal_a_single_process(world_size: int, stage: int, kind: str
     for gradients in run_ranks(_gradients, world_size, stage, kind, 1):
         assert gradients.keys() == expected.keys()
         for name, gradient in gradients.items():
-            torch.testing.assert_close(
-                gradient.float(), expected[name], rtol=1e-4, atol=2e-6, msg=lambda m: f"{name}: {m}"
-            )
+            torch.testing.assert_close(gradient.float(), expected[name], rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.distributed

@@ -1,5 +1,6 @@
 """Order is a bijection; whatever the kills and resizes, every row is used once an epoch (P3)."""
 
+import itertools
 import json
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_union_and_complement_split_the_range(pairs: list[tuple[int, int]]) -> N
     covered = {x for start, end in pairs for x in range(start, end)}
     merged = union(pairs)
     assert {x for start, end in merged for x in range(start, end)} == covered
-    assert all(a[1] < b[0] for a, b in zip(merged, merged[1:], strict=False))
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(merged))
     rest = complement(pairs, 80)
     assert {x for start, end in rest for x in range(start, end)} == set(range(80)) - covered
 

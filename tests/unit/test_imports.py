@@ -30,6 +30,25 @@ def test_only_comparators_reach_torch_distributed(path: Path) -> None:
     assert reaches == (path.name == COMPARATORS)
 
 
+HOMES = {
+    "ray.data": "pipeline/data/stream.py",
+    "deepspeed": "pipeline/engine/",
+    "mlflow": "pipeline/tracking/",
+}
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_each_outside_system_has_one_home(library: str) -> None:
+    users = {
+        path.as_posix()
+        for root in ("pipeline", "jobs")
+        for path in Path(root).rglob("*.py")
+        if any(name == library or name.startswith(f"{library}.") for name in _imported(path))
+    }
+    assert users
+    assert all(user.startswith(HOMES[library]) for user in users), users
+
+
 def test_no_attic_modules() -> None:
     names = {path.stem for root in ("pipeline", "jobs") for path in Path(root).rglob("*.py")}
     assert not names & {"utils", "util", "common", "helpers", "misc"}

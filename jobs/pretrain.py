@@ -1,0 +1,12 @@
+"""Pretrain from a submitted job: `ray job submit ... -- python -m jobs.pretrain CONFIG [a.b=value]`.
+
+The same as `gammaray train`; on the cluster it was submitted to.
+"""
+
+import sys
+
+from pipeline.cli import main
+
+if __name__ == "__main__":
+    sys.argv[1:1] = ["train"]
+    main()
