@@ -1,4 +1,4 @@
-"""Pretrain from a submitted job: `ray job submit ... -- python -m jobs.pretrain CONFIG [a.b=value]`.
+"""Pretrain as a submitted job: `ray job submit ... -- python -m jobs.pretrain CONFIG [a.b=c]`.
 
 The same as `gammaray train`; on the cluster it was submitted to.
 """

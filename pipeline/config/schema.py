@@ -25,15 +25,20 @@ class DataConfig(Section):
     """Where the pairs are and how a row becomes an image array and token ids."""
 
     train: str = Field(description="Folder, file or glob of training Parquet.")
-    val: str | None = Field(default=None, description="The same for evaluation; absent: no evaluation.")
+    val: str | None = Field(
+        default=None, description="The same for evaluation; absent: no evaluation."
+    )
     image_column: str = Field(default="auto", description="Column of encoded image bytes, or auto.")
-    caption_column: str = Field(default="auto", description="Column of captions (string or list), or auto.")
+    caption_column: str = Field(
+        default="auto", description="Column of captions (string or list), or auto."
+    )
     tokenizer: str = Field(
         default="train",
         description="`train` (BPE on the captions), or a Hugging Face tokenizer path or id.",
     )
     vocab_size: Annotated[int, Field(ge=300)] = Field(
-        default=8192, description="Most tokens of a trained tokenizer; unused with a tokenizer path."
+        default=8192,
+        description="Most tokens of a trained tokenizer; unused with a tokenizer path.",
     )
     shuffle_window: PositiveInt = Field(
         default=4096, description="Rows shuffled together: about this many, from random row groups."
@@ -50,7 +55,8 @@ class DataConfig(Section):
         default=(255, 255, 255), description="RGB under transparent pixels, 0-255."
     )
     max_bad_fraction: Fraction = Field(
-        default=0.5, description="The run stops when more than this share of the rows read is unusable."
+        default=0.5,
+        description="The run stops when more than this share of the rows read is unusable.",
     )
 
     @model_validator(mode="after")
@@ -105,7 +111,8 @@ class ModelConfig(Section):
     """The two-tower model: sizes, or pretrained weights that bring their own."""
 
     pretrained: str | None = Field(
-        default=None, description="Folder or hub id of a CLIP model; its sizes replace those given here."
+        default=None,
+        description="Folder or hub id of a CLIP model; its sizes replace those given here.",
     )
     embed_dim: PositiveInt = 512
     image: ImageTower = ImageTower()
@@ -114,7 +121,8 @@ class ModelConfig(Section):
         default=1 / 0.07, description="First value of the logit scale (1 / temperature)."
     )
     gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations in backward: less memory, about a third slower."
+        default=False,
+        description="Recompute activations in backward: less memory, about a third slower.",
     )
 
 
@@ -122,13 +130,16 @@ class LossConfig(Section):
     """The contrastive loss; LOSS names as in pipeline/losses."""
 
     kind: Literal["gamma", "infonce_gathered"] = Field(
-        default="gamma", description="gamma gathers nothing; infonce_gathered gathers all embeddings."
+        default="gamma",
+        description="gamma gathers nothing; infonce_gathered gathers all embeddings.",
     )
     prior: Literal["none", "amortized"] = Field(
-        default="amortized", description="Belief about each anchor's normaliser beside the local batch."
+        default="amortized",
+        description="Belief about each anchor's normaliser beside the local batch.",
     )
     u: Literal["mean", "sampled"] = Field(
-        default="mean", description="The auxiliary variable: its conditional mean, or a draw from it."
+        default="mean",
+        description="The auxiliary variable: its conditional mean, or a draw from it.",
     )
     virtual_batch: Annotated[int, Field(ge=2)] | Literal["global"] = Field(
         default="global",
@@ -140,7 +151,9 @@ class OptimConfig(Section):
     """AdamW with a warm-up and a schedule counted in samples."""
 
     lr: PositiveFloat = Field(default=5e-4, description="Peak learning rate of the towers.")
-    prior_lr: PositiveFloat = Field(default=2e-3, description="Peak learning rate of the amortized prior.")
+    prior_lr: PositiveFloat = Field(
+        default=2e-3, description="Peak learning rate of the amortized prior."
+    )
     betas: tuple[float, float] = (0.9, 0.98)
     eps: PositiveFloat = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = Field(
@@ -168,15 +181,22 @@ class EngineConfig(Section):
 class TrainConfig(Section):
     """How long, how much at once, and what happens how often."""
 
-    global_batch: PositiveInt = Field(default=512, description="Pairs per optimiser step, all workers.")
-    samples: PositiveInt | None = Field(default=None, description="Length of the run in pairs seen.")
+    global_batch: PositiveInt = Field(
+        default=512, description="Pairs per optimiser step, all workers."
+    )
+    samples: PositiveInt | None = Field(
+        default=None, description="Length of the run in pairs seen."
+    )
     epochs: PositiveFloat | None = Field(default=None, description="Length of the run in epochs.")
     seed: NonNegativeInt = 0
-    checkpoint_every: PositiveInt = Field(default=500, description="Optimiser steps between checkpoints.")
+    checkpoint_every: PositiveInt = Field(
+        default=500, description="Optimiser steps between checkpoints."
+    )
     keep: PositiveInt = Field(default=2, description="Checkpoints kept; the newest ones.")
     log_every: PositiveInt = Field(default=10, description="Optimiser steps between metric points.")
     max_nonfinite: PositiveInt = Field(
-        default=10, description="Stop after so many steps in a row whose loss or gradient is not finite."
+        default=10,
+        description="Stop after so many steps in a row whose loss or gradient is not finite.",
     )
 
     @model_validator(mode="after")
@@ -194,7 +214,8 @@ class ZeroShotTask(Section):
         default=("a photo of a {}",), description="Templates; embeddings are averaged over them."
     )
     classes: str | None = Field(
-        default=None, description="Text file, one class name a line; absent: the column's distinct values."
+        default=None,
+        description="Text file, one class name a line; absent: the column's distinct values.",
     )
 
     @model_validator(mode="after")
@@ -211,7 +232,9 @@ class EvaluateConfig(Section):
     every: PositiveInt | Literal["end"] = Field(
         default="end", description="Optimiser steps between evaluations, or only at the end."
     )
-    max_rows: PositiveInt = Field(default=10_000, description="Rows of data.val used, from the start.")
+    max_rows: PositiveInt = Field(
+        default=10_000, description="Rows of data.val used, from the start."
+    )
     batch: PositiveInt = Field(default=128, description="Rows per worker in one forward.")
     retrieval: bool = True
     zero_shot: tuple[ZeroShotTask, ...] = ()
@@ -221,25 +244,33 @@ class TrackingConfig(Section):
     """Where MLflow keeps the run."""
 
     uri: str = Field(
-        default="embedded", description="embedded (sqlite beside the runs; one node), or a server's URI."
+        default="embedded",
+        description="embedded (sqlite beside the runs; one node), or a server's URI.",
     )
     experiment: str = "gammaray"
-    system_metrics_seconds: PositiveInt = Field(default=10, description="Seconds between system metrics.")
+    system_metrics_seconds: PositiveInt = Field(
+        default=10, description="Seconds between system metrics."
+    )
 
 
 class ClusterConfig(Section):
     """What the run asks of Ray, and where its files go."""
 
-    address: str = Field(default="local", description="local (start Ray here), or auto or an address.")
+    address: str = Field(
+        default="local", description="local (start Ray here), or auto or an address."
+    )
     workers: PositiveInt = 1
     cpus_per_worker: PositiveFloat = Field(default=1.0, description="CPUs reserved for one worker.")
     gpus_per_worker: Literal[0, 1] = 0
     ingest_cpus: PositiveInt = Field(
         default=1, description="CPUs that must be left beside the workers for reading and decoding."
     )
-    storage: str = Field(default="runs", description="Folder or URL for checkpoints; runs live inside it.")
+    storage: str = Field(
+        default="runs", description="Folder or URL for checkpoints; runs live inside it."
+    )
     max_failures: NonNegativeInt = Field(
-        default=3, description="Worker failures after which the run gives up; each resumes by itself."
+        default=3,
+        description="Worker failures after which the run gives up; each resumes by itself.",
     )
 
 
@@ -247,7 +278,7 @@ class Config(Section):
     """A whole run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-       default= description="The run's name: its folder in cluster.storage and its MLflow run name."
+        description="The run's name: its folder in cluster.storage and its MLflow run name."
     )
     data: DataConfig
     model: ModelConfig = ModelConfig()
