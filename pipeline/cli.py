@@ -389,3 +389,7 @@ def doctor(
     _write_json(json, [finding.to_json() for finding in findings])
     if not all(finding.is_ok for finding in findings):
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ the head node of a cluster.
 
 import contextlib
 import importlib.metadata
+import json
 import logging
 import os
 import subprocess
@@ -70,8 +71,7 @@ def train(config: Config, listen: Listener, log_path: Path) -> Outcome:
     prepared = prepare(config, record.tokenizer if record else None)
     name = folder.path.rsplit("/", 1)[-1]
     listen({"kind": "planned", "prepared": prepared, "name": name, "resumed": record is not None})
-    with _quiet(log_path):
-        _start_ray(config, listen)
+    with _quiet(log_path), _ray(config, listen):
         raise_problems(_ask_cluster(config), "The cluster lacks resources")
         listen({"kind": "phase", "text": "Opening the MLflow run"})
         record = record or _new_record(prepared, folder, name)
@@ -124,11 +124,8 @@ def evaluate(
     if prepared.suite is None:
         raise UserError("data.val: missing; give the rows to evaluate on, data.val=FOLDER")
     listen({"kind": "phase", "text": f"Evaluating {folder.url}/{chosen}"})
-    import json
-
     meta = json.loads(folder.read_text(f"{chosen}/{META}") or "{}")
-    with _quiet(log_path):
-        _start_ray(config, listen)
+    with _quiet(log_path), _ray(config, listen):
         raise_problems(_ask_cluster(config), "The cluster lacks resources")
         board = Board()
         watch = _Watch(board, listen)
@@ -253,9 +250,17 @@ def _log_artifacts(run: tracker.RunRef, prepared: Prepared, folder: RunFolder) -
         tracker.log_artifacts(run, path)
 
 
+@contextlib.contextmanager
+def _ray(config: Config, listen: Listener) -> Iterator[None]:
+    """A connection to Ray, closed at the end: late lines of workers must not reach the console."""
+    _start_ray(config, listen)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def _start_ray(config: Config, listen: Listener) -> None:
-    if ray.is_initialized():
-        return
     # A submitted job (RAY_ADDRESS is set) trains where it was submitted, whatever the config says.
     is_local = config.cluster.address == "local" and "RAY_ADDRESS" not in os.environ
     listen({"kind": "phase", "text": "Starting Ray" if is_local else "Connecting to Ray"})

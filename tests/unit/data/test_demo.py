@@ -39,6 +39,9 @@ ROOT = Path(__file__).resolve().parents[3]
 ROWS = 300
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 OBJECT = re.compile(rf"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})")
+LONE_OBJECT = re.compile(
+    rf"\ba (?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})\b"
+)
 TOKEN = re.compile(rf"{OBJECT.pattern}|left of|right of|above|below|and|which")
 # Each place a caption can name -> the range, in pixels, that x and y of the centre must lie in.
 LOW, MIDDLE, HIGH = (0, 24), (26, 38), (40, 64)
@@ -85,7 +88,7 @@ def read(folder: Path, split: str) -> list[dict]:
 
 def with_count(scenes: list[tuple[Scene, str]], count: int) -> list[tuple[Scene, str]]:
     chosen = [(scene, text) for scene, text in scenes if len(scene.objects) == count]
-    assert len(chosen) > 300
+    assert len(chosen) > 200
     return chosen
 
 
@@ -153,22 +156,45 @@ def test_seeds_splits_and_rows_differ() -> None:
     assert len(images) == 27
 
 
-def test_caption_names_every_object_once(scenes: list[tuple[Scene, str]]) -> None:
-    for scene, text in scenes:
+def test_caption_names_each_of_several_objects_once(scenes: list[tuple[Scene, str]]) -> None:
+    for scene, text in with_count(scenes, 2) + with_count(scenes, 3):
         things = Counter((thing.size, thing.color, thing.shape) for thing in scene.objects)
         assert Counter(OBJECT.findall(text)) == things, text
 
 
+def test_what_a_caption_says_of_a_lone_object_is_true(scenes: list[tuple[Scene, str]]) -> None:
+    told = Counter()
+    lone = with_count(scenes, 1)
+    for scene, text in lone:
+        (thing,) = scene.objects
+        ((size, color, shape),) = LONE_OBJECT.findall(text)
+        assert shape == thing.shape, text
+        assert size in {"", thing.size}, text
+        assert color in {"", thing.color}, text
+        # Nothing is told of size or color outside the name.
+        words = Counter(re.findall(r"[a-z]+", text))
+        assert sum(words[word] for word in (*SIZES, *COLORS)) == bool(size) + bool(color), text
+        told += Counter(size=bool(size), color=bool(color))
+    # Often enough to be learned, seldom enough that the shape must be looked at.
+    assert told["size"] / len(lone) == pytest.approx(0.25, abs=0.05)
+    assert told["color"] / len(lone) == pytest.approx(0.375, abs=0.05)
+
+
 def test_place_of_a_lone_object_is_true(scenes: list[tuple[Scene, str]]) -> None:
-    seen = set()
-    for scene, text in with_count(scenes, 1):
-        phrase = max((phrase for phrase in PLACES if phrase in text), key=len)
+    seen = Counter()
+    lone = with_count(scenes, 1)
+    for scene, text in lone:
+        phrases = [phrase for phrase in PLACES if phrase in text]
+        if not phrases:
+            continue
+        phrase = max(phrases, key=len)
         thing = scene.objects[0]
         (x_low, x_high), (y_low, y_high) = PLACES[phrase]
         assert x_low <= thing.x <= x_high, text
         assert y_low <= thing.y <= y_high, text
-        seen.add(phrase)
-    assert seen == set(PLACES)
+        seen[phrase] += 1
+    assert set(seen) == set(PLACES)
+    assert sum(seen.values()) / len(lone) == pytest.approx(0.375, abs=0.05)
 
 
 @pytest.mark.parametrize(("count", "told"), [(2, 1), (3, 2)])
@@ -210,7 +236,7 @@ def test_objects_fit_the_frame_and_do_not_overlap(scenes: list[tuple[Scene, str]
     for scene, _ in scenes:
         for thing in scene.objects:
             assert thing.radius <= min(thing.x, thing.y, 64 - thing.x, 64 - thing.y)
-            low, high = {"small": (6, 8), "large": (12, 15)}[thing.size]
+            low, high = {"small": (8, 11), "large": (14, 17)}[thing.size]
             assert low <= thing.radius <= high
         for a, b in combinations(scene.objects, 2):
             assert max(abs(a.x - b.x), abs(a.y - b.y)) > a.radius + b.radius
@@ -225,11 +251,11 @@ def test_every_size_color_shape_and_count_occurs(scenes: list[tuple[Scene, str]]
     }
     counts = Counter(len(scene.objects) for scene, _ in scenes)
     shares = [counts[count] / len(scenes) for count in (1, 2, 3)]
-    assert shares == pytest.approx([0.40, 0.45, 0.15], abs=0.04)
+    assert shares == pytest.approx([0.60, 0.30, 0.10], abs=0.04)
 
 
 def test_captions_of_several_objects_seldom_repeat(scenes: list[tuple[Scene, str]]) -> None:
-    for count, least in ((1, 0.90), (2, 0.95), (3, 0.95)):
+    for count, least in ((2, 0.95), (3, 0.95)):
         texts = Counter(text for scene, text in scenes[:1000] if len(scene.objects) == count)
         unique = sum(number == 1 for number in texts.values())
         assert unique >= least * sum(texts.values())
@@ -352,7 +378,7 @@ def test_shapes_differ_when_drawn() -> None:
 def test_scene_outside_the_sampler_gets_a_true_caption() -> None:
     thing = SceneObject(
         shape="star", color="red", size="small", x=24, y=24, radius=6, rgb=RGB["red"]
-    )
+    )  # between two places: none is clear
     others = [replace(thing, color="cyan", x=44, y=44), replace(thing, color="gray", x=24, y=54)]
     rng = np.random.default_rng(0)
     alone = Scene(objects=(thing,), background=(240, 240, 240), noise_seed=1)

@@ -1,0 +1,128 @@
+"""Starts the real `gammaray` command on tiny data, and reads what it left behind."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.data.demo import write_demo
+
+TIMEOUT_S = 240
+
+
+def write_run(folder: Path, rows: int = 300, **sections: dict[str, Any]) -> Path:
+    """Demo data and a config of seconds in `folder`; gives the config's path."""
+    write_demo(folder / "data", rows)
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "data": {
+            "train": str(folder / "data" / "train"),
+            "val": str(folder / "data" / "val"),
+            "vocab_size": 320,
+            "shuffle_window": 64,
+        },
+        "model": {
+            "embed_dim": 16,
+            "image": {"size": 32, "patch": 16, "width": 16, "layers": 1, "heads": 2},
+            "text": {"context_length": 16, "width": 16, "layers": 1, "heads": 2},
+        },
+        "engine": {"zero_stage": 2, "precision": "fp32"},
+        "train": {"global_batch": 16, "epochs": 2, "checkpoint_every": 5, "log_every": 1},
+        "evaluate": {"max_rows": 60, "zero_shot": [{"column": "shape"}]},
+        "cluster": {"workers": 2, "cpus_per_worker": 0.5, "storage": str(folder / "runs")},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """Start the command in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for the command; give what it printed. Fails with that text if it failed."""
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, output
+    return output
+
+
+def run(*arguments: str) -> str:
+    return finish(start(*arguments))
+
+
+def wait_for(what: Callable[[], Any], seconds: float = TIMEOUT_S) -> Any:
+    """Poll until `what` gives something true."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := what():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("it did not happen in time")
+
+
+def kill_a_worker(driver: subprocess.Popen[str]) -> None:
+    """SIGKILL one training worker among the driver's descendants."""
+    import psutil
+
+    def workers() -> list[psutil.Process]:
+        return [
+            process
+            for process in psutil.Process(driver.pid).children(recursive=True)
+            if "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline())
+        ]
+
+    wait_for(workers)[-1].send_signal(signal.SIGKILL)
+
+
+def kill_group(driver: subprocess.Popen[str]) -> None:
+    """SIGKILL the driver and everything it started."""
+    import psutil
+
+    family = [*psutil.Process(driver.pid).children(recursive=True), psutil.Process(driver.pid)]
+    os.kill(driver.pid, signal.SIGKILL)
+    for process in family:
+        if process.is_running():
+            process.kill()
+    driver.wait()
+
+
+def points(runs: Path, metric: str) -> list[tuple[int, float]]:
+    """All points of a metric in the embedded tracker, by step; of all runs."""
+    with sqlite3.connect(runs / "mlflow.db") as database:
+        rows = database.execute("select step, value from metrics where key = ?", (metric,))
+        return sorted(rows.fetchall())
+
+
+def mlflow_runs(runs: Path) -> list[str]:
+    """The status of every run in the embedded tracker."""
+    with sqlite3.connect(runs / "mlflow.db") as database:
+        return [status for (status,) in database.execute("select status from runs")]
+
+
+def used_rows(folder: Path) -> dict[int, list[tuple[int, int]]]:
+    """Rows used in each epoch, as the last checkpoint's parts have them; overlaps stay visible."""
+    last = max(folder.glob("step-*"))
+    parts = [json.loads(path.read_text()) for path in sorted(last.glob("part-*.json"))]
+    used: dict[int, list[tuple[int, int]]] = {}
+    for part in parts:
+        for epoch, pairs in part["cursor"]["used"].items():
+            used.setdefault(int(epoch), []).extend((start, end) for start, end in pairs)
+    return used

@@ -1,0 +1,172 @@
+"""The real command on a real local Ray: to the end, through kills, and with bad rows."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data.order import union
+from tests.integration.run_cli import (
+    finish,
+    kill_a_worker,
+    kill_group,
+    mlflow_runs,
+    points,
+    run,
+    start,
+    used_rows,
+    wait_for,
+    write_run,
+)
+
+pytestmark = pytest.mark.integration
+
+ROWS, STEPS, BATCH = 300, 37, 16  # two epochs of 300 rows
+
+
+def _damage_three_images(shard: Path) -> None:
+    table = pq.read_table(shard)
+    images = table["image"].to_pylist()
+    images[3], images[70], images[299] = b"\xff\xd8 no picture", None, images[299][:200]
+    index = table.schema.get_field_index("image")
+    pq.write_table(table.set_column(index, "image", pa.array(images)), shard, row_group_size=50)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict]:
+    """One uninterrupted run, with three damaged images in the training data."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_run(folder)
+    _damage_three_images(folder / "data" / "train" / "part-00000.parquet")
+    output = run("train", str(config), "--json", str(folder / "facts.json"))
+    return folder, output, json.loads((folder / "facts.json").read_text())
+
+
+def test_a_run_ends_with_a_table_and_facts(finished: tuple[Path, str, dict]) -> None:
+    _, output, facts = finished
+    for part in ("text to image R@1 of 60", "zero-shot accuracy, shape", "samples/s", "mlflow ui"):
+        assert part in output
+    assert facts["metrics"]["rows"] == 60
+    assert facts["metrics"]["retrieval/text_to_image_chance_at_1"] == pytest.approx(1 / 60)
+    assert facts["samples_per_s"] > 0
+
+
+def test_noise_goes_to_the_named_log(finished: tuple[Path, str, dict]) -> None:
+    folder, output, _ = finished
+    (log,) = (folder / "runs" / "logs").glob("*.log")
+    assert str(log) in output.replace("\n", "")
+    assert "RayTrainWorker" in log.read_text()
+    assert "RayTrainWorker" not in output
+
+
+def test_the_tracker_has_one_finished_run_with_every_point_once(
+    finished: tuple[Path, str, dict],
+) -> None:
+    folder, _, _ = finished
+    assert mlflow_runs(folder / "runs") == ["FINISHED"]
+    steps = [step for step, _ in points(folder / "runs", "train/loss")]
+    assert steps == [BATCH * (step + 1) for step in range(STEPS)]
+    for name in ("train/logit_scale", "train/grad_norm", "train/data_wait_share",
+                 "train/samples_per_s", "eval/retrieval/text_to_image_recall_at_1",
+                 "system/cpu_utilization_percentage"):  # fmt: skip
+        assert points(folder / "runs", name), name
+    artifacts = {path.name for path in (folder / "runs" / "mlartifacts").rglob("*.*")}
+    assert {"config.yaml", "plan.txt", "curves.png", "dropped_rows.tsv"} <= artifacts
+
+
+def test_bad_rows_are_counted_and_named(finished: tuple[Path, str, dict]) -> None:
+    folder, output, facts = finished
+    assert facts["bad_rows"] == 3
+    assert "unusable rows" in output
+    (listing,) = (folder / "runs" / "mlartifacts").rglob("dropped_rows.tsv")
+    rows = {line.split("/")[-1] for line in listing.read_text().splitlines()}
+    assert rows == {
+        "part-00000.parquet:0:3\tcorrupt_image",
+        "part-00000.parquet:1:20\tnull_image",
+        "part-00000.parquet:5:49\tcorrupt_image",
+    }
+    assert points(folder / "runs", "data/bad_rows/null_image")[-1][1] >= 1
+
+
+def test_every_row_is_used_once_an_epoch(finished: tuple[Path, str, dict]) -> None:
+    folder, _, _ = finished
+    used = used_rows(folder / "runs" / "tiny")
+    assert union(used[0]) == ((0, ROWS),)
+    total = sum(end - start for pairs in used.values() for start, end in pairs)
+    settled = sum(end - start for pairs in used.values() for start, end in union(pairs))
+    assert total == settled, "a row was used twice in an epoch"
+    assert STEPS * BATCH + 3 <= total <= STEPS * BATCH + 6
+
+
+def test_a_checkpoint_is_evaluated_again_to_the_same_numbers(
+    finished: tuple[Path, str, dict], tmp_path: Path
+) -> None:
+    folder, _, facts = finished
+    output = tmp_path / "again.json"
+    run("evaluate", str(folder / "runs" / "tiny"), "--json", str(output))
+    again = json.loads(output.read_text())["metrics"]
+    assert again == pytest.approx(facts["metrics"], abs=1e-6)
+
+
+def test_a_finished_run_is_left_alone(finished: tuple[Path, str, dict]) -> None:
+    folder, _, _ = finished
+    output = run("train", str(folder / "run.yaml"), "train.epochs=0.2", "data.val=null",
+                 "evaluate.zero_shot=[]")  # fmt: skip
+    assert "'tiny' is finished: this run is 'tiny-2'" in output
+    assert (folder / "runs" / "tiny-2" / "run.json").exists()
+
+
+def _checkpoint_at(folder: Path, step: int) -> bool:
+    return (folder / "runs" / "tiny" / f"step-{step:08d}" / "meta.json").exists()
+
+
+def _assert_whole(folder: Path) -> None:
+    """Twins of an uninterrupted run: one MLflow run, each point once, each row once."""
+    assert mlflow_runs(folder / "runs") == ["FINISHED"]
+    steps = [step for step, _ in points(folder / "runs", "train/loss")]
+    assert steps == [BATCH * (step + 1) for step in range(STEPS)]
+    used = used_rows(folder / "runs" / "tiny")
+    assert union(used[0]) == ((0, ROWS),)
+    total = sum(end - start for pairs in used.values() for start, end in union(pairs))
+    assert total == STEPS * BATCH
+
+
+def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
+    config = write_run(tmp_path, train={"checkpoint_every": 3})
+    driver = start("train", str(config))
+    wait_for(lambda: _checkpoint_at(tmp_path, 6))
+    kill_a_worker(driver)
+    finish(driver)
+    _assert_whole(tmp_path)
+
+
+def test_the_same_command_goes_on_after_the_driver_was_killed(tmp_path: Path) -> None:
+    config = write_run(tmp_path, train={"checkpoint_every": 3})
+    driver = start("train", str(config))
+    wait_for(lambda: _checkpoint_at(tmp_path, 6))
+    kill_group(driver)
+    refused = start("train", str(config), "optim.lr=0.1")
+    output, _ = refused.communicate(timeout=60)
+    assert refused.returncode == 2
+    assert "optim.lr was 0.0005, is now 0.1" in output
+    assert "Run 'tiny' is unfinished: going on with it." in run("train", str(config))
+    _assert_whole(tmp_path)
+
+
+def test_a_run_of_bad_rows_stops_early_and_says_why(tmp_path: Path) -> None:
+    config = write_run(tmp_path, data={"max_bad_fraction": 0.1})
+    shard = tmp_path / "data" / "train" / "part-00000.parquet"
+    table = pq.read_table(shard)
+    images = [
+        b"broken" if row % 2 else image for row, image in enumerate(table["image"].to_pylist())
+    ]
+    index = table.schema.get_field_index("image")
+    pq.write_table(table.set_column(index, "image", pa.array(images)), shard)
+    driver = start("train", str(config))
+    output, _ = driver.communicate(timeout=240)
+    assert driver.returncode == 1
+    assert "corrupt_image" in output
+    assert "more than data.max_bad_fraction 0.1" in output.replace("\n", " ")
+    assert mlflow_runs(tmp_path / "runs") == ["FAILED"]
