@@ -13,14 +13,21 @@ from tests.distributed.gloo import run_ranks
 from tests.tiny import tiny_config, tiny_module, tiny_pairs
 
 GLOBAL_BATCH = 8
+STAGES = (0, 1, 2, 3)
+KINDS = ("gamma", "gamma-prior", "gathered")
+Case = tuple[int, str, int]  # ZeRO stage, loss, micro batches per step
 
 
 def _make_loss(kind: str) -> Any:
     return InfoNCEGathered() if kind == "gathered" else GammaLoss(virtual_batch=GLOBAL_BATCH)
 
 
-def _gradients(stage: int, kind: str, accumulation: int) -> dict[str, torch.Tensor]:
-    """This rank's full gradients after the backwards of one step."""
+def _gradients(cases: list[Case]) -> list[dict[str, torch.Tensor]]:
+    """This rank's full gradients after the backwards of one step, for each case."""
+    return [_gradients_of(*case) for case in cases]
+
+
+def _gradients_of(stage: int, kind: str, accumulation: int) -> dict[str, torch.Tensor]:
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_grad
 
@@ -81,21 +88,30 @@ def _reference(kind: str, shards: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("kind", ["gamma", "gamma-prior", "gathered"])
-def test_gradients_equal_a_single_process(world_size: int, stage: int, kind: str) -> None:
-    expected = _reference(kind, world_size)
-    for gradients in run_ranks(_gradients, world_size, stage, kind, 1):
-        assert gradients.keys() == expected.keys()
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient.float(), expected[name], rtol=1e-4, atol=2e-6)
+def test_gradients_equal_a_single_process(world_size: int) -> None:
+    """Every stage and loss in one set of processes: starting them is what takes time."""
+    cases = [(stage, kind, 1) for kind in KINDS for stage in STAGES]
+    references = {kind: _reference(kind, world_size) for kind in KINDS}
+    for results in run_ranks(_gradients, world_size, cases):
+        for (stage, kind, _), gradients in zip(cases, results, strict=True):
+            _assert_equal(gradients, references[kind], f"{kind} at ZeRO-{stage}")
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_accumulation_is_exact_without_a_second_pass(stage: int) -> None:
+def test_accumulation_is_exact_without_a_second_pass() -> None:
     """Two micro batches on each of two workers: the mean over four complete local losses."""
+    cases = [(stage, "gamma", 2) for stage in STAGES]
     expected = _reference("gamma", 4)
-    for gradients in run_ranks(_gradients, 2, stage, "gamma", 2):
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient.float(), expected[name], rtol=1e-4, atol=2e-6)
+    for results in run_ranks(_gradients, 2, cases):
+        for (stage, _, _), gradients in zip(cases, results, strict=True):
+            _assert_equal(gradients, expected, f"accumulation at ZeRO-{stage}")
+
+
+def _assert_equal(
+    gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], case: str
+) -> None:
+    assert gradients.keys() == expected.keys(), case
+    for name, gradient in gradients.items():
+        difference = (gradient.float() - expected[name]).abs()
+        allowed = 2e-6 + 1e-4 * expected[name].abs()
+        assert (difference <= allowed).all(), f"{case}: {name} differs by {difference.max():.2e}"

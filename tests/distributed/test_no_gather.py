@@ -14,6 +14,7 @@ from pipeline.losses.gamma import GammaLoss
 from tests.distributed.gloo import run_ranks
 from tests.tiny import tiny_config, tiny_module, tiny_pairs
 
+Case = tuple[int, str, int]  # ZeRO stage, loss, local batch
 Record = dict[tuple[str, int], int]  # (collective, elements) -> calls
 
 
@@ -29,6 +30,10 @@ class _Recorder(TorchDispatchMode):
             tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
             self.calls[func.name(), sum(tensor.numel() for tensor in tensors)] += 1
         return func(*args, **(kwargs or {}))
+
+
+def _steps(cases: list[Case]) -> list[tuple[Record, Record]]:
+    return [_one_step(*case) for case in cases]
 
 
 def _one_step(stage: int, kind: str, local_batch: int) -> tuple[Record, Record]:
@@ -53,33 +58,41 @@ def _one_step(stage: int, kind: str, local_batch: int) -> tuple[Record, Record]:
     return dict(of_loss.calls), dict(step.calls)
 
 
+@pytest.fixture(scope="module")
+def two_workers() -> dict[Case, tuple[Record, Record]]:
+    cases = [(stage, "gamma", batch) for stage in (0, 1, 2, 3) for batch in (4, 16)]
+    cases += [(1, "gathered", 4), (1, "gathered", 16)]
+    return dict(zip(cases, run_ranks(_steps, 2, cases)[0], strict=True))
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_gamma_loss_calls_no_collective_and_the_step_ignores_the_batch(stage: int) -> None:
-    small = run_ranks(_one_step, 2, stage, "gamma", 4)
-    large = run_ranks(_one_step, 2, stage, "gamma", 16)
-    for (of_loss, step), (_, step_large) in zip(small, large, strict=True):
-        assert of_loss == {}
-        assert step == step_large
-        assert step, "the recorder must see DeepSpeed's own collectives"
+def test_the_gamma_loss_calls_no_collective_and_the_step_ignores_the_batch(
+    two_workers: dict[Case, tuple[Record, Record]], stage: int
+) -> None:
+    of_loss, step = two_workers[stage, "gamma", 4]
+    of_larger_loss, larger_step = two_workers[stage, "gamma", 16]
+    assert of_loss == of_larger_loss == {}
+    assert step == larger_step
+    assert step, "the recorder must see DeepSpeed's own collectives"
 
 
 @pytest.mark.distributed
-def test_the_recorder_sees_a_gather() -> None:
-    """The same test on the comparator: collectives in the loss, growing with the batch."""
-    small = run_ranks(_one_step, 2, 1, "gathered", 4)[0]
-    large = run_ranks(_one_step, 2, 1, "gathered", 16)[0]
-    names = {name for name, _ in small[0]}
-    assert any("allgather" in name for name in names)
-    assert sum(e * n for (_, e), n in large[0].items()) == 4 * sum(
-        e * n for (_, e), n in small[0].items()
-    )
-    assert small[1] != large[1]
+def test_the_recorder_sees_a_gather(two_workers: dict[Case, tuple[Record, Record]]) -> None:
+    """The same on the comparator: collectives in the loss, growing with the batch."""
+    of_loss, step = two_workers[1, "gathered", 4]
+    of_larger_loss, larger_step = two_workers[1, "gathered", 16]
+    assert any("allgather" in name for name, _ in of_loss)
+    assert _elements(of_larger_loss) == 4 * _elements(of_loss) > 0
+    assert step != larger_step
 
 
 @pytest.mark.distributed
-def test_bytes_do_not_grow_with_the_world() -> None:
-    """Beside ZeRO-0's gradient all-reduce nothing is sent, at two workers or four."""
-    two = run_ranks(_one_step, 2, 0, "gamma", 4)[0][1]
-    four = run_ranks(_one_step, 4, 0, "gamma", 4)[0][1]
-    assert two == four
+def test_nothing_grows_with_the_world(two_workers: dict[Case, tuple[Record, Record]]) -> None:
+    """ZeRO-0's gradient all-reduce is the same at two workers and four."""
+    four = run_ranks(_steps, 4, [(0, "gamma", 4)])[0][0]
+    assert two_workers[0, "gamma", 4] == four
+
+
+def _elements(record: Record) -> int:
+    return sum(elements * calls for (_, elements), calls in record.items())

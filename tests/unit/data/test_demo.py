@@ -378,7 +378,7 @@ def test_shapes_differ_when_drawn() -> None:
 def test_scene_outside_the_sampler_gets_a_true_caption() -> None:
     thing = SceneObject(
         shape="star", color="red", size="small", x=24, y=24, radius=6, rgb=RGB["red"]
-    )  # between two places: none is clear
+    )
     others = [replace(thing, color="cyan", x=44, y=44), replace(thing, color="gray", x=24, y=54)]
     rng = np.random.default_rng(0)
     alone = Scene(objects=(thing,), background=(240, 240, 240), noise_seed=1)
