@@ -177,7 +177,7 @@ def test_what_a_caption_says_of_a_lone_object_is_true(scenes: list[tuple[Scene, 
         told += Counter(size=bool(size), color=bool(color))
     # Often enough to be learned, seldom enough that the shape must be looked at.
     assert told["size"] / len(lone) == pytest.approx(0.25, abs=0.05)
-    assert told["color"] / len(lone) == pytest.approx(0.375, abs=0.05)
+    assert told["color"] / len(lone) == pytest.approx(0.50, abs=0.05)
 
 
 def test_place_of_a_lone_object_is_true(scenes: list[tuple[Scene, str]]) -> None:
@@ -236,7 +236,7 @@ def test_objects_fit_the_frame_and_do_not_overlap(scenes: list[tuple[Scene, str]
     for scene, _ in scenes:
         for thing in scene.objects:
             assert thing.radius <= min(thing.x, thing.y, 64 - thing.x, 64 - thing.y)
-            low, high = {"small": (8, 11), "large": (14, 17)}[thing.size]
+            low, high = {"small": (8, 11), "large": (14, 16)}[thing.size]
             assert low <= thing.radius <= high
         for a, b in combinations(scene.objects, 2):
             assert max(abs(a.x - b.x), abs(a.y - b.y)) > a.radius + b.radius
