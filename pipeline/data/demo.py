@@ -80,8 +80,8 @@ _COLOR_JITTER = 10
 _NOISE = 4
 _RADII = {"small": (8, 10), "large": (14, 16)}
 # A lone object is drawn a little larger, near one of nine points. Those lie by the corners of
-# 16-pixel patches, which therefore cut a shape alike at every place: a small model then learns
-# shapes in about 20,000 samples, and in several times as many when the points are 3 pixels off.
+# 16-pixel patches, which therefore cut a shape alike at every place: the demo's small model then
+# learns shapes in 20,000 samples; with points 3 pixels off the corners 50,000 did not suffice.
 _LONE_RADII = {"small": (10, 11), "large": (15, 16)}
 _LONE_CENTERS = (17, 32, 47)
 _LONE_JITTER = 1
