@@ -34,11 +34,16 @@ class Embedded:
 
 
 @torch.no_grad()
-def embed_rows(forward: Forward, batches: Iterator[Batch], device: torch.device) -> Embedded:
+def embed_rows(
+    forward: Forward,
+    batches: Iterator[Batch],
+    blank: tuple[Tensor, Tensor],
+    device: torch.device,
+) -> Embedded:
     """Run `forward` over this rank's batches and gather all ranks' results in rank order.
 
-    Ranks call `forward` equally often, with a stand-in batch where one has fewer rows: under
-    ZeRO-3 a forward is a collective.
+    Ranks call `forward` equally often, with `blank` (images, tokens of a batch) where one has
+    fewer rows: under ZeRO-3 a forward is a collective.
     """
     images: list[Tensor] = []
     texts: list[Tensor] = []
@@ -46,13 +51,12 @@ def embed_rows(forward: Forward, batches: Iterator[Batch], device: torch.device)
     labels: dict[str, list[str]] = {}
     more: list[tuple[int, Tensor]] = []
     bad = cut = rows = 0
-    stand_in: Batch | None = None
     while True:
         batch = next(batches, None)
         if not any_rank(batch is not None, device):
             break
-        stand_in = batch or stand_in or _first_of_any(batch)
-        image, text = forward(stand_in.images.to(device), stand_in.tokens.to(device))
+        inputs = blank if batch is None else (batch.images, batch.tokens)
+        image, text = forward(inputs[0].to(device), inputs[1].to(device))
         if batch is None or image is None or text is None:
             continue
         images.append(image[: batch.rows].float().cpu())
@@ -65,27 +69,18 @@ def embed_rows(forward: Forward, batches: Iterator[Batch], device: torch.device)
         rows += batch.rows
         bad += len(batch.bad)
         cut += batch.cut
-    size = len(stand_in.tokens) if stand_in else 1
-    texts.extend(_embed_more(forward, [tokens for _, tokens in more], size, device))
+    texts.extend(_embed_more(forward, [tokens for _, tokens in more], blank[1], device))
     owners.extend(owner for owner, _ in more)
     return _gather(images, texts, owners, labels, bad, cut)
 
 
-def _first_of_any(batch: Batch | None) -> Batch:
-    raise RuntimeError(
-        "data.val: one worker has no usable row while another has; evaluate more rows or with "
-        "fewer workers"
-    )
-
-
 def _embed_more(
-    forward: Forward, tokens: list[Tensor], size: int, device: torch.device
+    forward: Forward, tokens: list[Tensor], blank: Tensor, device: torch.device
 ) -> Iterator[Tensor]:
-    """Embed the further captions of images, `size` at a time, in step with the other ranks."""
-    length = int(max_rank(max((len(row) for row in tokens), default=0), device))
-    for start in range(0, int(max_rank(len(tokens), device)), size):
-        chunk = tokens[start : start + size]
-        padded = torch.zeros(size, length, dtype=torch.int32)
+    """Embed the further captions of images, a batch at a time, in step with the other ranks."""
+    for start in range(0, int(max_rank(len(tokens), device)), len(blank)):
+        chunk = tokens[start : start + len(blank)]
+        padded = blank.clone()
         for index, row in enumerate(chunk):
             padded[index] = row
         _, text = forward(None, padded.to(device))

@@ -57,7 +57,12 @@ def run_suite(
         batch_size=suite.config.batch,
         ingest_cpus=suite.ingest_cpus,
     )
-    rows = embed_rows(forward, batches, device)
+    side, batch = suite.recipe.image_size, suite.config.batch
+    blank = (
+        torch.zeros(batch, side, side, 3, dtype=torch.uint8),
+        torch.full((batch, suite.recipe.context_length), suite.recipe.tokenizer.end).int(),
+    )
+    rows = embed_rows(forward, batches, blank, device)
     yield "rows", float(len(rows.image))
     yield "bad_rows", float(rows.bad_rows)
     if suite.config.retrieval:

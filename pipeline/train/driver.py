@@ -69,6 +69,12 @@ def train(config: Config, listen: Listener, log_path: Path) -> Outcome:
         _check_unchanged(config, record)
     listen({"kind": "phase", "text": "Reading the data and planning"})
     prepared = prepare(config, record.tokenizer if record else None)
+    if record is not None and record.data_digest != prepared.catalog.digest:
+        raise UserError(
+            f"data.train: {prepared.catalog.root} changed since run '{record.name}' began (digest "
+            f"{record.data_digest}, now {prepared.catalog.digest}); the rows already used cannot "
+            "be told: restore the files, or start a new run with name=..."
+        )
     name = folder.path.rsplit("/", 1)[-1]
     listen({"kind": "planned", "prepared": prepared, "name": name, "resumed": record is not None})
     with _quiet(log_path), _ray(config, listen):
@@ -155,7 +161,13 @@ def _job(prepared: Prepared, run: tracker.RunRef, name: str, board: Board) -> Jo
 
 
 def _check_unchanged(config: Config, record: RunRecord) -> None:
-    changes = changed_keys(_flat(record.config), flatten(config))
+    before, now = _flat(record.config), flatten(config)
+    changes = changed_keys(before, now)
+    if before["cluster.workers"] != now["cluster.workers"]:
+        changes.append(
+            f"cluster.workers was {before['cluster.workers']}, is now {now['cluster.workers']} "
+            "(a checkpoint is read back by as many workers as wrote it)"
+        )
     if changes:
         listing = "\n".join(f"  {change}" for change in changes)
         raise UserError(

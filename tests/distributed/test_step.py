@@ -1,0 +1,76 @@
+"""A step with a loss that is not finite on one rank: every rank leaves it out, no weight moves."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.data.stream import Batch
+from pipeline.engine.zero import Engine
+from pipeline.losses.gamma import GammaLoss, LossValue
+from pipeline.train.step import train_step
+from tests.distributed.gloo import run_ranks
+from tests.tiny import tiny_config, tiny_module, tiny_pairs
+
+Case = tuple[int, int, tuple[bool, ...]]  # ZeRO stage, micro batches, which are bad on rank 1
+
+
+class _SometimesBad:
+    """The gamma loss, not finite on rank 1 for chosen micro batches."""
+
+    def __init__(self, bad: tuple[bool, ...]):
+        self._bad, self._at, self._loss = bad, 0, GammaLoss(virtual_batch=8)
+
+    def __call__(self, *outputs: Any) -> LossValue:
+        value = self._loss(*outputs)
+        is_bad = self._bad[self._at] and dist.get_rank() == 1
+        self._at += 1
+        return LossValue(loss=value.loss * float("nan"), metrics={}) if is_bad else value
+
+
+def _steps(cases: list[Case]) -> list[tuple[bool, bool, bool]]:
+    """Whether the step was finite, whether weights moved, whether they are finite; per case."""
+    return [_step(*case) for case in cases]
+
+
+def _step(stage: int, accumulation: int, bad: tuple[bool, ...]) -> tuple[bool, bool, bool]:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    config = tiny_config(engine={"zero_stage": stage}, optim={"weight_decay": 0.0})
+    engine = Engine(
+        tiny_module(config),
+        engine=config.engine,
+        optim=config.optim,
+        micro_batch=4,
+        accumulation=accumulation,
+        device=torch.device("cpu"),
+    )
+
+    def weights() -> torch.Tensor:
+        parts = [
+            safe_get_full_fp32_param(parameter) if stage else parameter.detach()
+            for parameter in engine.module.parameters()
+        ]
+        return torch.cat([part.flatten().clone() for part in parts if part is not None])
+
+    images, tokens = tiny_pairs(4, seed=dist.get_rank())
+    batch = Batch(
+        images=images, tokens=tokens, rows=4, used={}, bad=[], cut=0, labels={}, more_tokens=[]
+    )
+    before = weights()
+    result = train_step(engine, _SometimesBad(bad), iter([batch] * accumulation), accumulation, 1.0)  # pyright: ignore[reportArgumentType]
+    after = weights()
+    return result.is_finite, bool((before != after).any()), bool(after.isfinite().all())
+
+
+@pytest.mark.distributed
+def test_a_nonfinite_loss_on_one_rank_is_left_out_on_all() -> None:
+    good = [(stage, 1, (False,)) for stage in (0, 1, 2, 3)]
+    bad = [(stage, 1, (True,)) for stage in (0, 1, 2, 3)]
+    half = [(stage, 2, (True, False)) for stage in (0, 1, 2, 3)]
+    for results in run_ranks(_steps, 2, good + bad + half):
+        assert results[:4] == [(True, True, True)] * 4
+        assert results[4:8] == [(False, False, True)] * 4
+        # The finite micro batch of the step still trains.
+        assert results[8:] == [(False, True, True)] * 4
