@@ -109,6 +109,14 @@ def find_contradictions(config: Config) -> list[Problem]:
                 "miss negatives of the other micro batches; use auto, or loss.kind=gamma",
             )
         )
+    if config.loss.kind == "gamma" and micro < 2:
+        problems.append(
+            Problem(
+                place="engine.micro_batch",
+                message=f"is {micro}; a pair without any other has no negatives and trains "
+                "nothing: raise it, raise train.global_batch, or lower cluster.workers",
+            )
+        )
     virtual = config.loss.virtual_batch
     if config.loss.kind == "gamma" and isinstance(virtual, int) and virtual < micro:
         problems.append(

@@ -259,8 +259,9 @@ def read_classes(catalog: Catalog, column: str) -> list[str]:
     filesystem, _ = open_filesystem(catalog.root)
     values: set[str] = set()
     for shard in catalog.shards:
-        found = _read_column(filesystem, shard, column).unique().to_pylist()
-        values.update(str(value) for value in found if value is not None)
+        # Arrow's text of a value, as the stream gives it: 1.0 is "1", True is "true".
+        found = _read_column(filesystem, shard, column).unique().cast(pa.string()).to_pylist()
+        values.update(value for value in found if value is not None)
     return sorted(values)
 
 

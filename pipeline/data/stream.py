@@ -167,14 +167,25 @@ def _blocks(
     context.execution_options.preserve_order = True
     store = ray.cluster_resources().get("object_store_memory", 2**30)
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
-        cpu=max(1.0, ingest_cpus / world_size), object_store_memory=0.5 * store / world_size
+        object_store_memory=0.25 * store / world_size
     )
+    # A paused task keeps its CPUs, and each worker may have two streams open (training's pauses
+    # while evaluation reads): all of them must fit into ingest_cpus at once, or they wait forever.
+    concurrency = max(1, int(ingest_cpus // world_size))
+    resources: dict[str, Any] = {
+        "num_cpus": ingest_cpus / (2 * world_size * concurrency),
+        "concurrency": concurrency,
+    }
     if hasattr(context, "execution_no_progress_timeout_s"):
         context.execution_no_progress_timeout_s = -1
     while planned := list(itertools.islice(pieces, PIECES_PER_EXECUTION)):
         tasks = [_ReadPiece.of(catalog, order, piece, recipe.labels) for piece in planned]
-        dataset = ray.data.read_datasource(_Pieces(tasks), override_num_blocks=len(tasks))
-        dataset = dataset.map_batches(_Decode(recipe), batch_size=None, batch_format="pyarrow")
+        dataset = ray.data.read_datasource(
+            _Pieces(tasks), override_num_blocks=len(tasks), **resources
+        )
+        dataset = dataset.map_batches(
+            _Decode(recipe), batch_size=None, batch_format="pyarrow", **resources
+        )
         iterator: Any = dataset.iterator()
         # No batch size: whole blocks, zero-copy; batches are cut here, where bad rows drop out.
         yield from iterator.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)

@@ -87,9 +87,18 @@ class Engine:
             self._engine.step()
             return None
         norm = self._unpartitioned_norm()
+        if norm is not None and not bool(norm.isfinite()):
+            self._leave_weights()
         self._engine.step()
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         return float("nan") if norm is None else float(norm)
+
+    def _leave_weights(self) -> None:
+        """Make the coming update move nothing; stages 1 to 3 skip such a step by themselves."""
+        for parameter in self._engine.module.parameters():
+            parameter.grad = None if parameter.grad is None else torch.zeros_like(parameter.grad)
+        for group in self._optimizer.param_groups:
+            group["lr"] = 0.0
 
     def _unpartitioned_norm(self) -> Tensor | None:
         """The gradient norm where DeepSpeed keeps none: stage 0 without a master copy."""

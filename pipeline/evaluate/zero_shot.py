@@ -22,7 +22,9 @@ def class_embeddings(
     """Embed each class as the unit-norm mean over its prompts' embeddings (prompt ensemble)."""
     rows = []
     for name in classes:
-        tokens, _ = tokenizer.encode([prompt.format(name) for prompt in prompts], context_length)
+        tokens, _ = tokenizer.encode(
+            [prompt.replace("{}", name) for prompt in prompts], context_length
+        )
         _, text = forward(None, torch.from_numpy(tokens).to(device))
         assert text is not None, "forward was given tokens"
         rows.append(text.float().mean(dim=0).cpu())

@@ -59,6 +59,8 @@ def check_reachable(uri: str) -> None:
                 f"tracking.uri: cannot make the folder of {uri} ({error}); choose another"
             ) from error
         return
+    if uri.startswith(("postgresql", "mysql", "mssql")):
+        return  # MLflow's own first call says whether the database answers
     if not uri.startswith(("http://", "https://")):
         raise UserError(
             f"tracking.uri: {uri!r} is no tracker; give embedded, sqlite:///FILE or http://HOST:PORT"
@@ -111,14 +113,6 @@ def close_run(ref: RunRef, status: Status) -> None:
     """End the run; a tracker that is gone by now is only warned of."""
     with _tolerant("end the run"):
         _client(ref.uri).set_terminated(ref.run_id, status)
-
-
-def log_tags(ref: RunRef, tags: Mapping[str, str]) -> None:
-    """Set tags; a tracker that is gone is only warned of."""
-    with _tolerant("set tags"):
-        client = _client(ref.uri)
-        for key, value in tags.items():
-            client.set_tag(ref.run_id, key, value)
 
 
 def log_artifacts(ref: RunRef, folder: Path) -> None:

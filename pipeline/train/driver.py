@@ -142,8 +142,11 @@ def evaluate(
             "zero_stage": meta["zero_stage"],
         }
         name = f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
-        _fit(evaluate_worker, settings, config, folder.url, name, watch)
-        folder.filesystem.delete_dir(f"{folder.path}/{name}")
+        try:
+            _fit(evaluate_worker, settings, config, folder.url, name, watch)
+        finally:
+            # Ray Train keeps its own notes there; an evaluation leaves nothing to resume.
+            folder.filesystem.delete_dir(f"{folder.path}/{name}")
     return watch.metrics
 
 
@@ -278,7 +281,7 @@ def _start_ray(config: Config, listen: Listener) -> None:
     listen({"kind": "phase", "text": "Starting Ray" if is_local else "Connecting to Ray"})
     try:
         if is_local:
-            ray.init(num_cpus=os.cpu_count(), include_dashboard=False)
+            ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False)
         else:
             address = config.cluster.address
             ray.init(address=None if address == "local" else address)
@@ -370,11 +373,29 @@ def _fit(
     )
     with watch.running():
         try:
-            trainer.fit()
+            _wait(trainer)
         except ray.train.TrainingFailedError as error:
             raise RunFailed(_cause(error)) from error
     if watch.stopped is not None:
         raise RunFailed(watch.stopped)
+
+
+def _wait(trainer: TorchTrainer) -> None:
+    """Run `trainer.fit()` beside the main thread, where it would replace the handler of Ctrl-C."""
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001  it is raised in the main thread
+            failures.append(error)
+
+    thread = threading.Thread(target=work, name="trainer", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+    if failures:
+        raise failures[0]
 
 
 def _cause(error: BaseException) -> str:

@@ -71,8 +71,8 @@ def run_loop(progress: Progress, cadence: Cadence, actions: Actions) -> None:
             if progress.nonfinite_in_a_row >= cadence.max_nonfinite:
                 raise NonFiniteError(
                     f"step {progress.step}: loss or gradient not finite in "
-                    f"{progress.nonfinite_in_a_row} steps in a row (train.max_nonfinite); lower "
-                    "optim.lr, lengthen optim.warmup_samples, or lower optim.grad_clip"
+                    f"{progress.nonfinite_in_a_row} steps in a row (train.max_nonfinite); start "
+                    "under another name with lower optim.lr or longer optim.warmup_samples"
                 )
         is_last = progress.step == cadence.steps
         if _is_due(progress.step, cadence.log_every) or is_last:

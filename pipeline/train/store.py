@@ -107,7 +107,17 @@ class RunFolder:
         selector = pafs.FileSelector(self.path, allow_not_found=True)
         names = [PurePosixPath(item.path).name for item in self.filesystem.get_file_info(selector)]
         steps = sorted(name for name in names if name.startswith("step-"))
-        return [name for name in steps if self.read_text(f"{name}/{META}") is not None]
+        return [name for name in steps if self._is_whole(name)]
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether every worker's part of a checkpoint has arrived."""
+        meta = self.read_text(f"{name}/{META}")
+        if meta is None:
+            return False
+        parts = range(json.loads(meta)["world_size"])
+        paths = [f"{self.path}/{name}/part-{rank:05d}.json" for rank in parts]
+        found = self.filesystem.get_file_info(paths)
+        return all(item.type == pafs.FileType.File for item in found)
 
     def write_quarantine(self, name: str, rows: list[BadRow]) -> None:
         """Write dropped rows to quarantine/NAME.parquet: path, row_group, row, reason."""

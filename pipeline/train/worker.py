@@ -85,7 +85,7 @@ def evaluate_worker(settings: dict[str, Any]) -> None:
     _set_threads(job.config)
     module = build_pretraining(job.config, job.tokenizer)
     with settings["checkpoint"].as_directory() as folder:
-        module.load_state_dict(load_weights(Path(folder), settings["zero_stage"]), strict=False)
+        module.load_state_dict(load_weights(Path(folder), settings["zero_stage"]))
     dtype = torch.bfloat16 if job.config.engine.precision == "bf16" else torch.float32
     module.to(device, dtype).eval()
     assert job.suite is not None, "the driver checks that data.val is given"
@@ -317,5 +317,5 @@ def _window_means(window: list[dict[str, Tensor]]) -> dict[str, float]:
     means = {}
     for name in names:
         values = torch.stack([item[name].double().cpu() for item in window if name in item])
-        means[name] = float(values[values.isfinite()].mean()) if values.isfinite().any() else 0.0
+        means[name] = float(values[values.isfinite()].mean())  # NaN where none is finite
     return means

@@ -74,3 +74,38 @@ def test_a_nonfinite_loss_on_one_rank_is_left_out_on_all() -> None:
         assert results[4:8] == [(False, False, True)] * 4
         # The finite micro batch of the step still trains.
         assert results[8:] == [(False, True, True)] * 4
+
+
+class _ExplodingGradient(torch.autograd.Function):
+    """The identity, with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("inf")
+
+
+def _explode(stage: int) -> tuple[bool, bool]:
+    config = tiny_config(engine={"zero_stage": stage})
+    engine = Engine(
+        tiny_module(config),
+        engine=config.engine,
+        optim=config.optim,
+        micro_batch=4,
+        accumulation=1,
+        device=torch.device("cpu"),
+    )
+    images, tokens = tiny_pairs(4)
+    value = GammaLoss(virtual_batch=8)(*engine(images, tokens))
+    engine.backward(_ExplodingGradient.apply(value.loss))
+    norm = engine.step(1.0)
+    finite = all(bool(parameter.isfinite().all()) for parameter in engine.module.parameters())
+    return norm is not None and norm < float("inf"), finite
+
+
+@pytest.mark.distributed
+def test_an_infinite_gradient_moves_no_weight_where_nothing_is_partitioned() -> None:
+    assert run_ranks(_explode, 2, 0) == [(False, True)] * 2

@@ -1,6 +1,7 @@
 """The real command on a real local Ray: to the end, through kills, and with bad rows."""
 
 import json
+import signal
 from pathlib import Path
 
 import pyarrow as pa
@@ -153,6 +154,36 @@ def test_the_same_command_goes_on_after_the_driver_was_killed(tmp_path: Path) ->
     assert "optim.lr was 0.0005, is now 0.1" in output
     assert "Run 'tiny' is unfinished: going on with it." in run("train", str(config))
     _assert_whole(tmp_path)
+
+
+def test_ctrl_c_ends_the_run_as_killed_and_says_how_to_go_on(tmp_path: Path) -> None:
+    driver = start("train", str(write_run(tmp_path, train={"checkpoint_every": 3})))
+    wait_for(lambda: _checkpoint_at(tmp_path, 3))
+    driver.send_signal(signal.SIGINT)
+    output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 130, output
+    assert "The same command goes on from the last checkpoint." in output
+    assert mlflow_runs(tmp_path / "runs") == ["KILLED"]
+
+
+def test_zero_3_in_bf16_with_accumulation_and_the_comparator(tmp_path: Path) -> None:
+    """The far corner of the engine: partitioned weights, bf16, evaluation between steps."""
+    engine = {"zero_stage": 3, "precision": "bf16"}
+    config = write_run(tmp_path, engine=engine, evaluate={"every": 3, "max_rows": 21})
+    facts = tmp_path / "facts.json"
+    output = run(
+        "train", str(config), "train.epochs=0.5", "engine.micro_batch=4", "--json", str(facts)
+    )
+    assert "in 2 micro batches of 4" in output
+    assert len(points(tmp_path / "runs", "eval/retrieval/text_to_image_recall_at_1")) == 3
+    again = tmp_path / "again.json"
+    run("evaluate", str(tmp_path / "runs" / "tiny"), "engine.precision=fp32", "--json", str(again))
+    first, second = (json.loads(path.read_text())["metrics"] for path in (facts, again))
+    assert first.keys() == second.keys()
+    gathered = ["loss.kind=infonce_gathered", "train.epochs=0.2", "data.val=null",
+                "evaluate.zero_shot=[]", "evaluate.every=end", "name=gathered"]  # fmt: skip
+    run("train", str(config), *gathered)
+    assert points(tmp_path / "runs", "train/loss")
 
 
 def test_a_run_of_bad_rows_stops_early_and_says_why(tmp_path: Path) -> None:

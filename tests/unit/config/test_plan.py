@@ -70,6 +70,7 @@ def test_contradictions_are_all_found() -> None:
         "evaluate.zero_shot",
     ]
     assert _places(tiny_config(cluster={"workers": 3})) == ["train.global_batch"]
+    assert _places(tiny_config(engine={"micro_batch": 1})) == ["engine.micro_batch"]
     gathered = tiny_config(loss={"kind": "infonce_gathered"}, engine={"micro_batch": 4})
     assert _places(gathered) == ["engine.micro_batch"]
 

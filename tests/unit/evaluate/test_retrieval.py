@@ -32,6 +32,12 @@ def test_ties_count_against_the_query() -> None:
     assert measured["image_to_text_recall_at_10"] == 0.0
 
 
+def test_embeddings_that_are_not_finite_are_no_perfect_score() -> None:
+    broken = torch.full((4, 3), float("nan"))
+    with pytest.raises(ValueError, match="embeddings are not finite"):
+        dict(retrieval(broken, broken, torch.arange(4)))
+
+
 @given(st.integers(1, 12), st.integers(1, 3), st.integers(0, 100))
 def test_equals_a_sorted_reference(images: int, captions: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -17,7 +17,6 @@ from pipeline.tracking.tracker import (
     check_reachable,
     close_run,
     log_artifacts,
-    log_tags,
     open_run,
     read_history,
     tracking_uri,
@@ -114,18 +113,14 @@ def test_a_dead_server_refuses_the_run() -> None:
         open_run(DEAD.uri, "tests", "a", params={}, tags={}, run_id=None)
 
 
-def test_tags_status_and_artifacts_arrive(
-    ref: RunRef, client: "MlflowClient", tmp_path: Path
-) -> None:
+def test_status_and_artifacts_arrive(ref: RunRef, client: "MlflowClient", tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     (tmp_path / "plan.txt").write_text("a plan")
     (tmp_path / "inner" / "b.txt").write_text("b")
     log_artifacts(ref, tmp_path)
-    log_tags(ref, {"one": "1", "two": "2"})
     close_run(ref, "FINISHED")
     run = client.get_run(ref.run_id)
     assert run.info.status == "FINISHED"
-    assert (run.data.tags["one"], run.data.tags["two"]) == ("1", "2")
     assert {item.path for item in client.list_artifacts(ref.run_id)} == {"inner", "plan.txt"}
     database = Path(ref.uri.removeprefix("sqlite:///"))
     assert list((database.parent / "mlartifacts").rglob("plan.txt"))
@@ -167,10 +162,9 @@ def test_a_dead_server_stops_no_one(caplog: pytest.LogCaptureFixture, tmp_path: 
     assert f"MLflow at {DEAD.uri} does not answer (" in caplog.text
     assert "1000 metric points could not be delivered" in caplog.text
     (tmp_path / "plan.txt").write_text("a plan")
-    log_tags(DEAD, {"a": "b"})
     log_artifacts(DEAD, tmp_path)
     close_run(DEAD, "FINISHED")
-    for what in ("set tags", "log artifacts", "end the run"):
+    for what in ("log artifacts", "end the run"):
         assert f"MLflow: could not {what}: " in caplog.text
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
 

@@ -56,5 +56,7 @@ def test_nonfinite_steps_are_counted_and_not_saved() -> None:
 
 
 def test_too_many_nonfinite_steps_in_a_row_stop_the_run() -> None:
-    with pytest.raises(NonFiniteError, match=r"step 5: .* in 3 steps in a row .*lower optim.lr"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 5: .* in 3 steps in a row .*another name with lower optim.lr"
+    ):
         _run(Progress(), bad_steps=frozenset({3, 4, 5}))

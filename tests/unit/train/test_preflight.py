@@ -97,7 +97,9 @@ def test_a_class_file_must_list_every_label(pairs: dict[str, str], tmp_path: Pat
         UserError, match=r"zero_shot.0.classes: column 'shape' .* holds \['cross', 'star'\], which"
     ):
         prepare(_config(pairs, tmp_path, evaluate=_zero_shot(classes=str(file))))
-    with pytest.raises(UserError, match=r"zero_shot.0.classes: cannot read .*none.txt \(No such"):
+    with pytest.raises(
+        UserError, match=r"zero_shot.0.classes: cannot read .*none.txt as UTF-8 text \("
+    ):
         prepare(_config(pairs, tmp_path, evaluate=_zero_shot(classes=str(tmp_path / "none.txt"))))
 
 
@@ -116,7 +118,7 @@ def test_every_problem_is_told_at_once(pairs: dict[str, str], tmp_path: Path) ->
         data={"train": str(tmp_path / "none")},
         tracking={"uri": DEAD},
         cluster={"workers": 2 * cpus, "storage": str(tmp_path / "file" / "runs")},
-        train={"global_batch": 2 * cpus},
+        train={"global_batch": 4 * cpus},
     )
     with pytest.raises(UserError) as caught:
         prepare(config)
@@ -165,8 +167,10 @@ def test_another_machine_is_not_measured_by_this_one(
     cluster = {"workers": workers, "address": "auto" if where == "address" else "local"}
     if where == "RAY_ADDRESS":
         monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
-    data = {"train": str(write_pairs(tmp_path / "train", workers))}
-    config = _config(pairs, tmp_path, data=data, cluster=cluster, train={"global_batch": workers})
+    data = {"train": str(write_pairs(tmp_path / "train", 2 * workers))}
+    config = _config(
+        pairs, tmp_path, data=data, cluster=cluster, train={"global_batch": 2 * workers}
+    )
     assert prepare(config).plan.workers == workers
 
 
@@ -267,13 +271,18 @@ def test_quarantine_gives_every_row_once_and_in_order(tmp_path: Path) -> None:
     assert folder.read_quarantine() == [bad(2), bad(5), bad(9), bad(1, "/b.parquet")]
 
 
-def test_checkpoints_are_folders_with_a_meta_file_in_order(tmp_path: Path) -> None:
+def test_checkpoints_are_whole_and_in_order(tmp_path: Path) -> None:
     folder = RunFolder.of(str(tmp_path), "tiny")
     assert folder.checkpoints() == []
     for name in ("step-00000100", "step-00000020", "other"):
         (tmp_path / "tiny" / name).mkdir(parents=True)
-        (tmp_path / "tiny" / name / "meta.json").write_text("{}")
+        (tmp_path / "tiny" / name / "meta.json").write_text('{"world_size": 1}')
+        (tmp_path / "tiny" / name / "part-00000.json").write_text("{}")
     (tmp_path / "tiny" / "step-00000500").mkdir()
     (tmp_path / "tiny" / "step-00000500" / "part-0.json").write_text("{}")
     (tmp_path / "tiny" / "step-00000900").write_text("a file")
+    half = tmp_path / "tiny" / "step-00000300"  # the upload was cut off after one worker's part
+    half.mkdir()
+    (half / "meta.json").write_text('{"world_size": 2}')
+    (half / "part-00000.json").write_text("{}")
     assert folder.checkpoints() == ["step-00000020", "step-00000100"]
