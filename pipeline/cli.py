@@ -43,9 +43,6 @@ def main() -> None:
     except UserError as error:
         console.print(f"[bold red]error[/] {_plain(str(error))}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("\nInterrupted. The same command goes on from the last checkpoint.")
-        sys.exit(130)
 
 
 def _plain(text: str) -> str:
@@ -111,6 +108,10 @@ def run_training(config: Any, console: Console, json_path: Path | None = None) -
                 soft_wrap=True,
             )
             sys.exit(1)
+        except KeyboardInterrupt:
+            screen.stop()
+            console.print("Interrupted. The same command goes on from the last checkpoint.")
+            sys.exit(130)
     _print_outcome(console, outcome)
     facts = {
         "name": outcome.name,
