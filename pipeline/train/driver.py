@@ -25,9 +25,10 @@ import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from pipeline.config.load import dump
+from pipeline.config.load import dump, parse_config
 from pipeline.config.schema import Config, flatten
 from pipeline.data.layout import open_filesystem
+from pipeline.data.stream import BadRow
 from pipeline.errors import UserError, raise_problems
 from pipeline.tracking import tracker
 from pipeline.tracking.plots import PANELS, plot_curves
@@ -80,11 +81,12 @@ def train(config: Config, listen: Listener, log_path: Path) -> Outcome:
     with _quiet(log_path), _ray(config, listen):
         raise_problems(_ask_cluster(config), "The cluster lacks resources")
         listen({"kind": "phase", "text": "Opening the MLflow run"})
-        record = record or _new_record(prepared, folder, name)
+        if record is None:
+            record = _new_record(prepared, folder, name)
+            folder.write_record(record)
+        else:
+            _reopen(config, record)
         run = tracker.RunRef(uri=record.mlflow_uri, run_id=record.mlflow_run_id)
-        if record.is_finished is False and folder.read_record() is not None:
-            run = _reopen(config, record)
-        folder.write_record(record)
         listen({"kind": "phase", "text": f"Starting {prepared.plan.workers} worker(s)"})
         board = Board()
         watch = _Watch(board, listen)
@@ -98,7 +100,7 @@ def train(config: Config, listen: Listener, log_path: Path) -> Outcome:
             raise
         finally:
             bad_rows = folder.read_quarantine()
-            _log_artifacts(run, prepared, folder)
+            _log_artifacts(run, prepared, bad_rows)
             tracker.close_run(run, status)
         folder.write_record(replace(record, is_finished=True))
     return Outcome(
@@ -180,8 +182,6 @@ def _check_unchanged(config: Config, record: RunRecord) -> None:
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    from pipeline.config.load import parse_config
-
     return flatten(parse_config(values, "the run's record"))
 
 
@@ -206,8 +206,8 @@ def _new_record(prepared: Prepared, folder: RunFolder, name: str) -> RunRecord:
     )
 
 
-def _reopen(config: Config, record: RunRecord) -> tracker.RunRef:
-    return tracker.open_run(
+def _reopen(config: Config, record: RunRecord) -> None:
+    tracker.open_run(
         record.mlflow_uri,
         config.tracking.experiment,
         record.name,
@@ -247,7 +247,7 @@ def _commit() -> str | None:
     return None
 
 
-def _log_artifacts(run: tracker.RunRef, prepared: Prepared, folder: RunFolder) -> None:
+def _log_artifacts(run: tracker.RunRef, prepared: Prepared, bad: list[BadRow]) -> None:
     """Config, plan, versions, dropped rows and curves; made at the end, whatever the end."""
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary)
@@ -256,7 +256,6 @@ def _log_artifacts(run: tracker.RunRef, prepared: Prepared, folder: RunFolder) -
         (path / "plan.txt").write_text("\n".join(plan) + "\n")
         listing = "\n".join(f"{name}=={version}" for name, version in versions().items())
         (path / "versions.txt").write_text(listing + "\n")
-        bad = folder.read_quarantine()
         if bad:
             rows = [f"{row.path}:{row.row_group}:{row.row}\t{row.reason}" for row in bad]
             (path / "dropped_rows.tsv").write_text("\n".join(rows) + "\n")
