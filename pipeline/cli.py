@@ -31,6 +31,7 @@ app.add_typer(data_app, name="data")
 
 ConfigPath = Annotated[Path, typer.Argument(help="The run's YAML.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to it: section.key=value ...")]
+GOES_ON = "The same command goes on with this run."
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the facts here.")]
 
 
@@ -103,14 +104,13 @@ def run_training(config: Any, console: Console, json_path: Path | None = None) -
         except driver.RunFailed as error:
             screen.stop()
             console.print(f"[bold red]failed[/] {_plain(str(error))}")
-            console.print(
-                f"Details: {log_path}\nThe same command goes on from the last checkpoint.",
-                soft_wrap=True,
-            )
+            console.print(f"Details: {log_path}", soft_wrap=True)
+            if error.can_go_on:
+                console.print(GOES_ON)
             sys.exit(1)
         except KeyboardInterrupt:
             screen.stop()
-            console.print("Interrupted. The same command goes on from the last checkpoint.")
+            console.print(f"Interrupted. {GOES_ON}")
             sys.exit(130)
     _print_outcome(console, outcome)
     facts = {
@@ -235,6 +235,9 @@ class _Screen:
         left = round((self._plan.samples - samples) / max(rate, 1e-9))
         return f"{left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d}"
 
+    def _on_warning(self, event: Any) -> None:
+        self._say(f"warning: {event['text']}")
+
     def _on_evaluating(self, event: Any) -> None:
         self._describe("evaluating")
 
@@ -329,12 +332,14 @@ def run_evaluation(
     if record is None:
         raise UserError(f"{run}: no run there; give the folder of a run, such as runs/demo")
     config = parse_config(override_values(record.config, overrides), run)
+    log_path = _log_path(config)
     with _Screen(console) as screen:
         try:
-            metrics = driver.evaluate(folder, config, checkpoint, screen.show, _log_path(config))
+            metrics = driver.evaluate(folder, config, checkpoint, screen.show, log_path)
         except driver.RunFailed as error:
             screen.stop()
             console.print(f"[bold red]failed[/] {_plain(str(error))}")
+            console.print(f"Details: {log_path}", soft_wrap=True)
             sys.exit(1)
     table = Table(title=f"Evaluation of {run}", title_justify="left", show_edge=False)
     table.add_column("metric")

@@ -1,6 +1,6 @@
 """Errors a user can mend, and how several of them are said at once.
 
-Leaves: `UserError`, `Problem`, `raise_problems`. Must not know: anything else of the package.
+Leaves: `UserError`, `RunStop`, `Problem`, `raise_problems`. Must not know: the rest of the package.
 """
 
 from dataclasses import dataclass
@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 class UserError(Exception):
     """Something the user can mend; the message names the place, the value, the rule, the remedy."""
+
+
+class RunStop(Exception):
+    """Ends a run: every rank raises it alike, and a restart would only repeat it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -77,6 +77,12 @@ class Plan:
         ]
 
 
+def _batches(config: Config) -> tuple[int, int]:
+    """Local and micro batch, in pairs."""
+    local = config.train.global_batch // config.cluster.workers
+    return local, local if config.engine.micro_batch == "auto" else config.engine.micro_batch
+
+
 def find_contradictions(config: Config) -> list[Problem]:
     """Everything in `config` that contradicts itself, whatever the data."""
     problems: list[Problem] = []
@@ -91,8 +97,7 @@ def find_contradictions(config: Config) -> list[Problem]:
             )
         )
         return problems
-    local = train.global_batch // workers
-    micro = local if config.engine.micro_batch == "auto" else config.engine.micro_batch
+    local, micro = _batches(config)
     if local % micro:
         problems.append(
             Problem(
@@ -143,8 +148,7 @@ def find_contradictions(config: Config) -> list[Problem]:
 def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
     """Derive the plan; the problems are what contradicts the data. The config is consistent."""
     train, workers = config.train, config.cluster.workers
-    local = train.global_batch // workers
-    micro = local if config.engine.micro_batch == "auto" else config.engine.micro_batch
+    local, micro = _batches(config)
     wanted = train.samples or round((train.epochs or 0) * facts.train_rows)
     steps = wanted // train.global_batch
     virtual = config.loss.virtual_batch

@@ -142,9 +142,11 @@ def _import_deepspeed(device: torch.device) -> Any:
 
 
 def load_weights(folder: Path, zero_stage: int) -> dict[str, Tensor]:
-    """Read the module's fp32 weights from what `Engine.save` wrote, at any world size.
+    """Read the module's weights, as fp32, from what `Engine.save` wrote, at any world size.
 
-    `zero_stage` is the stage it was saved under. Runs in one process, without an engine.
+    They are the optimiser's fp32 masters, but for stage 0, which saves what the forward uses (in
+    bf16: rounded). `zero_stage` is the stage it was saved under. Runs in one process, without an
+    engine.
     """
     _import_deepspeed(torch.device("cpu"))
     if zero_stage == 0:

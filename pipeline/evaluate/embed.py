@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.data.stream import Batch
+from pipeline.errors import RunStop
 
 # forward(images, tokens) -> (image embeddings, text embeddings, ...); either input may be None.
 Forward = Callable[[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]
@@ -113,7 +114,7 @@ def _gather(
         offsets.append(offsets[-1] + len(part[0]))
     full = [part for part in parts if len(part[0])]
     if not full:
-        raise RuntimeError("data.val: no usable row; look at its images and captions")
+        raise RunStop("data.val: no usable row; look at its images and captions")
     return Embedded(
         image=torch.cat([part[0] for part in full]),
         text=torch.cat([part[1] for part in full]),

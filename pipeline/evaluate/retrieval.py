@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pipeline.errors import RunStop
+
 KS = (1, 5, 10)
 QUERY_BLOCK = 1024
 
@@ -19,10 +21,13 @@ def retrieval(
 
     A text query is right at k when its own image is among the k best; an image query when any of
     its captions is (the Karpathy-split convention). A tie counts against the query. O(N M d).
-    Raises `ValueError` for embeddings that are not finite, which no comparison would rank.
+    Raises `RunStop` for embeddings that are not finite, which no comparison would rank.
     """
     if not (image.isfinite().all() and text.isfinite().all()):
-        raise ValueError("embeddings are not finite; the model has diverged")
+        raise RunStop(
+            "evaluation: embeddings are not finite, the model has diverged; start a new run with "
+            "lower optim.lr"
+        )
     best = _best_own(image, text, owners)
     text_ranks = torch.cat(
         [_rank_of_own(text[rows] @ image.T, owners[rows]) for rows in _blocks(len(text))]

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.data.text import Tokenizer
+from pipeline.errors import RunStop
 from pipeline.evaluate.embed import Forward
 
 
@@ -39,15 +40,15 @@ def zero_shot(
 ) -> Iterator[tuple[str, float]]:
     """Yield top-1 accuracy, its mean over classes, chance, and the rows counted.
 
-    Rows without a label ("") are left out. Raises `ValueError` for a label that is no class.
+    Rows without a label ("") are left out. Raises `RunStop` for a label that is no class.
     """
     index = {name: position for position, name in enumerate(classes)}
     unknown = sorted({label for label in labels if label and label not in index})
     if unknown:
-        raise ValueError(f"labels {unknown[:5]} are not among the classes {list(classes)[:10]}")
+        raise RunStop(f"labels {unknown[:5]} are not among the classes {list(classes)[:10]}")
     rows = [row for row, label in enumerate(labels) if label]
     if not rows:
-        raise ValueError("no row has a label; choose another column or more rows")
+        raise RunStop("no row has a label; choose another column or more rows")
     truth = torch.tensor([index[labels[row]] for row in rows])
     right = (image[rows] @ weights.T).argmax(dim=1) == truth
     per_class = [right[truth == k].float().mean() for k in truth.unique()]

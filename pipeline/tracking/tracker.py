@@ -93,6 +93,7 @@ def open_run(
     client = _client(uri)
     try:
         if run_id is not None:
+            client.get_run(run_id)  # or an error: sqlite would make a database without it
             client.update_run(run_id, status="RUNNING")
         else:
             created = client.create_run(

@@ -1,6 +1,8 @@
 """Messages from the workers to whoever watches the run: a small Ray actor on the driver's node."""
 
-from collections.abc import Mapping
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -40,3 +42,24 @@ class Board:
     def take(self) -> list[Event]:
         """Give the events posted since the last call, in order."""
         return ray.get(self._actor.take.remote())
+
+
+@contextlib.contextmanager
+def pass_warnings_on(listen: Callable[[Event], None]) -> Iterator[None]:
+    """Give what the package logs as a warning to `listen` too: its log is not where people look."""
+    handler = _Handler(listen)
+    logger = logging.getLogger("pipeline")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Handler(logging.Handler):
+    def __init__(self, listen: Callable[[Event], None]):
+        super().__init__(logging.WARNING)
+        self._listen = listen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._listen({"kind": "warning", "text": record.getMessage()})

@@ -32,17 +32,24 @@ from pipeline.data.stream import BadRow
 from pipeline.errors import UserError, raise_problems
 from pipeline.tracking import tracker
 from pipeline.tracking.plots import PANELS, plot_curves
-from pipeline.train.board import Board, Event
-from pipeline.train.preflight import Prepared, lacking_resources, prepare
+from pipeline.train.board import Board, Event, pass_warnings_on
+from pipeline.train.preflight import Prepared, lacking_resources, prepare, prepare_evaluation
 from pipeline.train.store import META, RunFolder, RunRecord, changed_keys, find_run
-from pipeline.train.worker import Job, evaluate_worker, train_worker, versions
+from pipeline.train.worker import EvaluationJob, Job, evaluate_worker, train_worker, versions
 
 Listener = Callable[[Event], None]
 POLL_SECONDS = 0.5
 
 
 class RunFailed(Exception):
-    """Training ended without reaching its plan; the message says why, and what to type next."""
+    """Training ended without reaching its plan; the message says why.
+
+    `can_go_on`: whether the same command may do better.
+    """
+
+    def __init__(self, message: str, *, can_go_on: bool):
+        super().__init__(message)
+        self.can_go_on = can_go_on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,19 +85,25 @@ def train(config: Config, listen: Listener, log_path: Path) -> Outcome:
         )
     name = folder.path.rsplit("/", 1)[-1]
     listen({"kind": "planned", "prepared": prepared, "name": name, "resumed": record is not None})
-    with _quiet(log_path), _ray(config, listen):
+    with _quiet(log_path), _ray(config, listen), pass_warnings_on(listen):
         raise_problems(_ask_cluster(config), "The cluster lacks resources")
         listen({"kind": "phase", "text": "Opening the MLflow run"})
-        if record is None:
-            record = _new_record(prepared, folder, name)
-            folder.write_record(record)
-        else:
-            _reopen(config, record)
+        record = _reopen(config, record) if record else _new_record(prepared, folder, name)
+        folder.write_record(record)
         run = tracker.RunRef(uri=record.mlflow_uri, run_id=record.mlflow_run_id)
         listen({"kind": "phase", "text": f"Starting {prepared.plan.workers} worker(s)"})
         board = Board()
         watch = _Watch(board, listen)
-        job = _job(prepared, run, name, board)
+        job = Job(
+            config=prepared.config,
+            plan=prepared.plan,
+            tokenizer=prepared.tokenizer,
+            catalog=prepared.catalog,
+            suite=prepared.suite,
+            run=run,
+            run_name=name,
+            board=board,
+        )
         status: tracker.Status = "FAILED"
         try:
             _fit(train_worker, {"job": job}, config, config.cluster.storage, name, watch)
@@ -128,41 +141,28 @@ def evaluate(
     chosen = checkpoint or names[-1]
     if chosen not in names:
         raise UserError(f"{folder.url}: no checkpoint {chosen!r}; it has {names}")
-    prepared = prepare(config, record.tokenizer)
-    if prepared.suite is None:
-        raise UserError("data.val: missing; give the rows to evaluate on, data.val=FOLDER")
+    suite = prepare_evaluation(config, record.tokenizer)
     listen({"kind": "phase", "text": f"Evaluating {folder.url}/{chosen}"})
     meta = json.loads(folder.read_text(f"{chosen}/{META}") or "{}")
     with _quiet(log_path), _ray(config, listen):
         raise_problems(_ask_cluster(config), "The cluster lacks resources")
         board = Board()
         watch = _Watch(board, listen)
-        run = tracker.RunRef(uri=record.mlflow_uri, run_id=record.mlflow_run_id)
-        settings = {
-            "job": _job(prepared, run, record.name, board),
-            "checkpoint": ray.train.Checkpoint(f"{folder.path}/{chosen}", folder.filesystem),
-            "zero_stage": meta["zero_stage"],
-        }
+        job = EvaluationJob(
+            config=config,
+            tokenizer=record.tokenizer,
+            suite=suite,
+            checkpoint=ray.train.Checkpoint(f"{folder.path}/{chosen}", folder.filesystem),
+            zero_stage=meta["zero_stage"],
+            board=board,
+        )
         name = f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
         try:
-            _fit(evaluate_worker, settings, config, folder.url, name, watch)
+            _fit(evaluate_worker, {"job": job}, config, folder.url, name, watch)
         finally:
             # Ray Train keeps its own notes there; an evaluation leaves nothing to resume.
             folder.filesystem.delete_dir(f"{folder.path}/{name}")
     return watch.metrics
-
-
-def _job(prepared: Prepared, run: tracker.RunRef, name: str, board: Board) -> Job:
-    return Job(
-        config=prepared.config,
-        plan=prepared.plan,
-        tokenizer=prepared.tokenizer,
-        catalog=prepared.catalog,
-        suite=prepared.suite,
-        run=run,
-        run_name=name,
-        board=board,
-    )
 
 
 def _check_unchanged(config: Config, record: RunRecord) -> None:
@@ -206,15 +206,17 @@ def _new_record(prepared: Prepared, folder: RunFolder, name: str) -> RunRecord:
     )
 
 
-def _reopen(config: Config, record: RunRecord) -> None:
-    tracker.open_run(
-        record.mlflow_uri,
+def _reopen(config: Config, record: RunRecord) -> RunRecord:
+    """Go on with the record's MLflow run, at the URI the config has now (a server may move)."""
+    run = tracker.open_run(
+        tracker.tracking_uri(config.tracking.uri, config.cluster.storage),
         config.tracking.experiment,
         record.name,
         params={},
         tags={},
         run_id=record.mlflow_run_id,
     )
+    return replace(record, mlflow_uri=run.uri)
 
 
 def _tags(prepared: Prepared, folder: RunFolder) -> dict[str, str]:
@@ -374,9 +376,9 @@ def _fit(
         try:
             _wait(trainer)
         except ray.train.TrainingFailedError as error:
-            raise RunFailed(_cause(error)) from error
+            raise RunFailed(_cause(error), can_go_on=True) from error
     if watch.stopped is not None:
-        raise RunFailed(watch.stopped)
+        raise RunFailed(watch.stopped, can_go_on=False)
 
 
 def _wait(trainer: TorchTrainer) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.errors import RunStop
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cadence:
@@ -48,16 +50,12 @@ class Actions:
     checkpoint: Callable[[Progress], None]
 
 
-class NonFiniteError(RuntimeError):
-    """The loss or its gradient was not finite for too many steps in a row."""
-
-
 def run_loop(progress: Progress, cadence: Cadence, actions: Actions) -> None:
     """Train from `progress` to the last step, then evaluate once more.
 
     A step that is not finite changes no weight; it is counted, and after `max_nonfinite` in a row
-    `NonFiniteError` is raised. Nothing is saved while such steps last, so the last good checkpoint
-    stays.
+    `RunStop` is raised. Nothing is saved while such steps last, so the last good checkpoint
+    stays; only the end of the run is always saved, with the weights of its last good step.
     """
     while progress.step < cadence.steps:
         report = actions.step(progress)
@@ -69,7 +67,7 @@ def run_loop(progress: Progress, cadence: Cadence, actions: Actions) -> None:
             progress.nonfinite_steps += 1
             progress.nonfinite_in_a_row += 1
             if progress.nonfinite_in_a_row >= cadence.max_nonfinite:
-                raise NonFiniteError(
+                raise RunStop(
                     f"step {progress.step}: loss or gradient not finite in "
                     f"{progress.nonfinite_in_a_row} steps in a row (train.max_nonfinite); start "
                     "under another name with lower optim.lr or longer optim.warmup_samples"
@@ -80,7 +78,7 @@ def run_loop(progress: Progress, cadence: Cadence, actions: Actions) -> None:
         if _is_due(progress.step, cadence.evaluate_every) and not is_last:
             actions.evaluate(progress)
         is_good = progress.nonfinite_in_a_row == 0
-        if is_good and (_is_due(progress.step, cadence.checkpoint_every) or is_last):
+        if is_last or (is_good and _is_due(progress.step, cadence.checkpoint_every)):
             actions.checkpoint(progress)
     actions.evaluate(progress)
 

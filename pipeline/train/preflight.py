@@ -63,7 +63,8 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Prepared:
     `UserError` with every problem found, not only the first.
     """
     problems = _Problems()
-    problems.found.extend(find_contradictions(config))
+    contradictions = find_contradictions(config)
+    problems.found.extend(contradictions)
     problems.found.extend(_check_resources(config))
     problems.attempt("cluster.storage", lambda: _check_places(config))
     problems.attempt("tracking.uri", lambda: _check_tracker(config))
@@ -76,26 +77,48 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Prepared:
     classes = problems.attempt("evaluate.zero_shot", lambda: _read_classes(config, val))
     if catalog is not None and tokenizer is None:
         tokenizer = problems.attempt("data.tokenizer", lambda: _make_tokenizer(config, catalog))
-    facts = None
+    facts = plan = None
     if catalog is not None and tokenizer is not None:
         facts = problems.attempt("model", lambda: _find_facts(config, catalog, val, tokenizer))
-    if facts is not None and not find_contradictions(config):
-        problems.found.extend(make_plan(config, facts)[1])
+    if facts is not None and not contradictions:
+        plan, more = make_plan(config, facts)
+        problems.found.extend(more)
     raise_problems(problems.found, "This run cannot start")
     assert catalog is not None
     assert tokenizer is not None
-    assert facts is not None
-    plan, _ = make_plan(config, facts)
-    suite = None
-    if val is not None:
-        suite = Suite(
-            config=config.evaluate,
-            catalog=val,
-            recipe=make_recipe(config, tokenizer, train=False),
-            classes=classes or (),
-            ingest_cpus=config.cluster.ingest_cpus,
-        )
+    assert plan is not None
+    suite = _suite(config, tokenizer, val, classes or ()) if val is not None else None
     return Prepared(config=config, plan=plan, tokenizer=tokenizer, catalog=catalog, suite=suite)
+
+
+def prepare_evaluation(config: Config, tokenizer: Tokenizer) -> Suite:
+    """Check what an evaluation under `config` needs, and no more: rows, classes, resources.
+
+    Raises `UserError` with every problem found.
+    """
+    problems = _Problems()
+    problems.found.extend(_check_resources(config))
+    if config.data.val is None:
+        problems.found.append(
+            Problem(place="data.val", message="missing; give the rows to evaluate: data.val=FOLDER")
+        )
+    val = problems.attempt("data.val", lambda: _read_val(config))
+    classes = problems.attempt("evaluate.zero_shot", lambda: _read_classes(config, val))
+    raise_problems(problems.found, "This evaluation cannot start")
+    assert val is not None
+    return _suite(config, tokenizer, val, classes or ())
+
+
+def _suite(
+    config: Config, tokenizer: Tokenizer, val: Catalog, classes: tuple[tuple[str, ...], ...]
+) -> Suite:
+    return Suite(
+        config=config.evaluate,
+        catalog=val,
+        recipe=make_recipe(config, tokenizer, train=False),
+        classes=classes,
+        ingest_cpus=config.cluster.ingest_cpus,
+    )
 
 
 def _check_resources(config: Config) -> list[Problem]:

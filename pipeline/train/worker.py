@@ -24,15 +24,15 @@ from pipeline.data.stream import REASONS, BadRow, Tally, make_order, train_batch
 from pipeline.data.text import Tokenizer
 from pipeline.engine.schedule import lr_factor
 from pipeline.engine.zero import Engine, load_weights
+from pipeline.errors import RunStop
 from pipeline.evaluate.suite import Suite, make_recipe, run_suite
 from pipeline.tracking.meters import Meter
 from pipeline.tracking.tracker import MetricLog, RunRef
-from pipeline.train.board import Board
+from pipeline.train.board import Board, pass_warnings_on
 from pipeline.train.checkpoint import State, load_checkpoint, save_checkpoint
 from pipeline.train.loop import (
     Actions,
     Cadence,
-    NonFiniteError,
     Progress,
     StepReport,
     run_loop,
@@ -56,45 +56,64 @@ class Job:
     board: Board
 
 
-class TooManyBadRows(RuntimeError):
-    """More rows are unusable than data.max_bad_fraction allows."""
+@dataclass(frozen=True, kw_only=True)
+class EvaluationJob:
+    """All that a worker needs to evaluate a checkpoint saved under `zero_stage`."""
+
+    config: Config
+    tokenizer: Tokenizer
+    suite: Suite
+    checkpoint: ray.train.Checkpoint
+    zero_stage: int
+    board: Board
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Train one rank to the end of the plan; `settings["job"]` is the `Job`.
 
-    A stop that all ranks agree on (too many bad rows, non-finite steps) is posted and returns, for
-    a restart would only repeat it; any other error is raised, and Ray Train restarts the workers.
+    A `RunStop` (too many bad rows, non-finite steps) is posted and returns; any other error is
+    raised, and Ray Train restarts the workers.
     """
     job: Job = settings["job"]
     trainer = _Trainer(job)
-    try:
-        trainer.run()
-    except (TooManyBadRows, NonFiniteError) as error:
-        if trainer.rank == 0:
-            job.board.post("stopped", message=str(error))
-    finally:
-        trainer.close()
+    with pass_warnings_on(lambda event: job.board.post(**event)):
+        try:
+            trainer.run()
+        except RunStop as error:
+            trainer.stop(error)
+        finally:
+            trainer.close()
 
 
 def evaluate_worker(settings: dict[str, Any]) -> None:
-    """Evaluate `settings["checkpoint"]` on this rank's share of the rows; rank 0 posts."""
-    job: Job = settings["job"]
+    """Evaluate one checkpoint on this rank's share of the rows; rank 0 posts.
+
+    `settings["job"]` is the `EvaluationJob`.
+    """
+    job: EvaluationJob = settings["job"]
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     _set_threads(job.config)
     module = build_pretraining(job.config, job.tokenizer)
-    with settings["checkpoint"].as_directory() as folder:
-        module.load_state_dict(load_weights(Path(folder), settings["zero_stage"]))
+    with job.checkpoint.as_directory() as folder:
+        module.load_state_dict(load_weights(Path(folder), job.zero_stage))
     dtype = torch.bfloat16 if job.config.engine.precision == "bf16" else torch.float32
     module.to(device, dtype).eval()
-    assert job.suite is not None, "the driver checks that data.val is given"
     world_size, rank = context.get_world_size(), context.get_world_rank()
-    metrics = dict(
-        run_suite(
-            job.suite, lambda images, tokens: module(images, tokens)[:2], device, world_size, rank
+    try:
+        metrics = dict(
+            run_suite(
+                job.suite,
+                lambda images, tokens: module(images, tokens)[:2],
+                device,
+                world_size,
+                rank,
+            )
         )
-    )
+    except RunStop as error:
+        if rank == 0:
+            job.board.post("stopped", message=str(error))
+        return
     if rank == 0:
         job.board.post("evaluation", metrics=metrics)
 
@@ -168,6 +187,11 @@ class _Trainer:
         self.meter.skip()
         run_loop(self.state.progress, cadence, actions)
 
+    def stop(self, error: RunStop) -> None:
+        """Say why the run ends, and keep what it knows of dropped rows."""
+        self._write_quarantine(f"stop-{self.state.progress.step:08d}")
+        self._post("stopped", message=str(error))
+
     def close(self) -> None:
         """Stop the stream and send the last points."""
         close = getattr(self.batches, "close", None)
@@ -183,12 +207,6 @@ class _Trainer:
         with checkpoint.as_directory() as folder:
             self.state = load_checkpoint(
                 Path(folder), self.engine, self.loss, rank=self.rank, world_size=self.world_size
-            )
-        if self.state.cursor.digest != self.job.catalog.digest:
-            raise RuntimeError(
-                f"data.train: {self.job.catalog.root} changed since the checkpoint was written "
-                f"(digest {self.state.cursor.digest}, now {self.job.catalog.digest}); the rows "
-                "already used cannot be told: restore the files, or start under another name"
             )
 
     def _step(self, progress: Progress) -> StepReport:
@@ -249,9 +267,10 @@ class _Trainer:
         if dropped > limit * (rows + dropped):
             worst = sorted(bad.items(), key=lambda item: -item[1])[:3]
             listing = ", ".join(f"{reason} {count:.0f}" for reason, count in worst if count)
-            raise TooManyBadRows(
+            raise RunStop(
                 f"data.train: {dropped:.0f} of {rows + dropped:.0f} rows read are unusable "
-                f"({listing}), more than data.max_bad_fraction {limit}; mend the data or raise it"
+                f"({listing}), more than data.max_bad_fraction {limit}; raise it to go on, or mend "
+                "the files and start a new run with name=..."
             )
 
     def _evaluate(self, progress: Progress) -> None:
@@ -289,9 +308,7 @@ class _Trainer:
             versions=versions(),
         )
         name = f"step-{progress.step:08d}"
-        run = RunFolder.of(self.job.config.cluster.storage, self.job.run_name)
-        run.write_quarantine(f"{name}-{self.rank:05d}", self.new_bad)
-        self.new_bad = []
+        self._write_quarantine(name)
         ray.train.report(
             {"step": progress.step},
             checkpoint=ray.train.Checkpoint.from_directory(folder),
@@ -300,6 +317,11 @@ class _Trainer:
         )
         self._post("checkpoint", step=progress.step)
         self.meter.skip()
+
+    def _write_quarantine(self, name: str) -> None:
+        run = RunFolder.of(self.job.config.cluster.storage, self.job.run_name)
+        run.write_quarantine(f"{name}-{self.rank:05d}", self.new_bad)
+        self.new_bad = []
 
     def _record(self, progress: Progress, point: dict[str, float]) -> None:
         if self.metrics is not None:

@@ -78,6 +78,11 @@ def wait_for(what: Callable[[], Any], seconds: float = TIMEOUT_S) -> Any:
     raise AssertionError("it did not happen in time")
 
 
+def checkpoint_at(folder: Path, step: int) -> bool:
+    """Whether the run of `write_run(folder)` has the checkpoint of `step`."""
+    return (folder / "runs" / "tiny" / f"step-{step:08d}" / "meta.json").exists()
+
+
 def kill_a_worker(driver: subprocess.Popen[str]) -> None:
     """SIGKILL one training worker among the driver's descendants."""
     import psutil
@@ -105,14 +110,14 @@ def kill_group(driver: subprocess.Popen[str]) -> None:
 
 
 def points(runs: Path, metric: str) -> list[tuple[int, float]]:
-    """All points of a metric in the embedded tracker, by step; of all runs."""
+    """All points of a metric in the tracker's database, by step; of all runs."""
     with sqlite3.connect(runs / "mlflow.db") as database:
         rows = database.execute("select step, value from metrics where key = ?", (metric,))
         return sorted(rows.fetchall())
 
 
 def mlflow_runs(runs: Path) -> list[str]:
-    """The status of every run in the embedded tracker."""
+    """The status of every run in the tracker's database."""
     with sqlite3.connect(runs / "mlflow.db") as database:
         return [status for (status,) in database.execute("select status from runs")]
 

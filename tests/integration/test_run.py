@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.data.order import union
 from tests.integration.run_cli import (
+    checkpoint_at,
     finish,
     kill_a_worker,
     kill_group,
@@ -105,8 +106,10 @@ def test_a_checkpoint_is_evaluated_again_to_the_same_numbers(
     finished: tuple[Path, str, dict], tmp_path: Path
 ) -> None:
     folder, _, facts = finished
+    """It needs neither the training data nor the tracker, which may be gone by then."""
     output = tmp_path / "again.json"
-    run("evaluate", str(folder / "runs" / "tiny"), "--json", str(output))
+    gone = ["data.train=/nowhere", "tracking.uri=http://127.0.0.1:9"]
+    run("evaluate", str(folder / "runs" / "tiny"), *gone, "--json", str(output))
     again = json.loads(output.read_text())["metrics"]
     assert again == pytest.approx(facts["metrics"], abs=1e-6)
 
@@ -117,10 +120,6 @@ def test_a_finished_run_is_left_alone(finished: tuple[Path, str, dict]) -> None:
                  "evaluate.zero_shot=[]")  # fmt: skip
     assert "'tiny' is finished: this run is 'tiny-2'" in output
     assert (folder / "runs" / "tiny-2" / "run.json").exists()
-
-
-def _checkpoint_at(folder: Path, step: int) -> bool:
-    return (folder / "runs" / "tiny" / f"step-{step:08d}" / "meta.json").exists()
 
 
 def _assert_whole(folder: Path) -> None:
@@ -137,7 +136,7 @@ def _assert_whole(folder: Path) -> None:
 def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
     config = write_run(tmp_path, train={"checkpoint_every": 3})
     driver = start("train", str(config))
-    wait_for(lambda: _checkpoint_at(tmp_path, 6))
+    wait_for(lambda: checkpoint_at(tmp_path, 6))
     kill_a_worker(driver)
     finish(driver)
     _assert_whole(tmp_path)
@@ -146,7 +145,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
 def test_the_same_command_goes_on_after_the_driver_was_killed(tmp_path: Path) -> None:
     config = write_run(tmp_path, train={"checkpoint_every": 3})
     driver = start("train", str(config))
-    wait_for(lambda: _checkpoint_at(tmp_path, 6))
+    wait_for(lambda: checkpoint_at(tmp_path, 6))
     kill_group(driver)
     refused = start("train", str(config), "optim.lr=0.1")
     output, _ = refused.communicate(timeout=60)
@@ -158,11 +157,11 @@ def test_the_same_command_goes_on_after_the_driver_was_killed(tmp_path: Path) ->
 
 def test_ctrl_c_ends_the_run_as_killed_and_says_how_to_go_on(tmp_path: Path) -> None:
     driver = start("train", str(write_run(tmp_path, train={"checkpoint_every": 3})))
-    wait_for(lambda: _checkpoint_at(tmp_path, 3))
+    wait_for(lambda: checkpoint_at(tmp_path, 3))
     driver.send_signal(signal.SIGINT)
     output, _ = driver.communicate(timeout=120)
     assert driver.returncode == 130, output
-    assert "The same command goes on from the last checkpoint." in output
+    assert "The same command goes on with this run." in output
     assert mlflow_runs(tmp_path / "runs") == ["KILLED"]
 
 
@@ -200,4 +199,6 @@ def test_a_run_of_bad_rows_stops_early_and_says_why(tmp_path: Path) -> None:
     assert driver.returncode == 1
     assert "corrupt_image" in output
     assert "more than data.max_bad_fraction 0.1" in output.replace("\n", " ")
+    assert "The same command goes on" not in output
     assert mlflow_runs(tmp_path / "runs") == ["FAILED"]
+    assert list((tmp_path / "runs" / "mlartifacts").rglob("dropped_rows.tsv"))

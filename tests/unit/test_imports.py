@@ -57,12 +57,10 @@ def test_no_attic_modules() -> None:
 def test_the_loop_stays_readable_and_free_of_third_parties() -> None:
     path = Path("pipeline/train/loop.py")
     assert len(path.read_text().splitlines()) <= 120
-    assert {
-        name.split(".")[0]
-        for name in _imported(path)
-        if not name.startswith(("progress", "cadence", "actions", "report"))
-    } <= {
-        "collections",
-        "dataclasses",
-        "typing",
+    imports = {
+        node.module
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
     }
+    assert imports == {"collections.abc", "dataclasses", "typing", "pipeline.errors"}
+    assert not any(isinstance(node, ast.Import) for node in ast.walk(ast.parse(path.read_text())))

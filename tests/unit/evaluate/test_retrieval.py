@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.errors import RunStop
 from pipeline.evaluate.retrieval import retrieval
 from pipeline.evaluate.zero_shot import class_embeddings, zero_shot
 from tests.tiny import tiny_tokenizer
@@ -34,7 +35,7 @@ def test_ties_count_against_the_query() -> None:
 
 def test_embeddings_that_are_not_finite_are_no_perfect_score() -> None:
     broken = torch.full((4, 3), float("nan"))
-    with pytest.raises(ValueError, match="embeddings are not finite"):
+    with pytest.raises(RunStop, match="embeddings are not finite"):
         dict(retrieval(broken, broken, torch.arange(4)))
 
 
@@ -72,9 +73,9 @@ def test_mean_class_accuracy_weighs_classes_alike() -> None:
 
 def test_zero_shot_refuses_unknown_or_no_labels() -> None:
     image, weights = _axis([1.0, 0]), _axis([1.0, 0], [0, 1.0])
-    with pytest.raises(ValueError, match=r"labels \['c'\] are not among"):
+    with pytest.raises(RunStop, match=r"labels \['c'\] are not among"):
         dict(zero_shot(image, ["c"], ["a", "b"], weights))
-    with pytest.raises(ValueError, match="no row has a label"):
+    with pytest.raises(RunStop, match="no row has a label"):
         dict(zero_shot(image, [""], ["a", "b"], weights))
 
 

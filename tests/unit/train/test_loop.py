@@ -1,9 +1,9 @@
 import pytest
 
+from pipeline.errors import RunStop
 from pipeline.train.loop import (
     Actions,
     Cadence,
-    NonFiniteError,
     Progress,
     StepReport,
     run_loop,
@@ -55,8 +55,13 @@ def test_nonfinite_steps_are_counted_and_not_saved() -> None:
     assert (progress.nonfinite_steps, progress.nonfinite_in_a_row) == (1, 0)
 
 
+def test_the_end_is_saved_even_after_a_nonfinite_step() -> None:
+    """A skipped step changes no weight, so what is saved is the last good state."""
+    assert _run(Progress(), bad_steps=frozenset({6}))[-2:] == ["save6", "eval6"]
+
+
 def test_too_many_nonfinite_steps_in_a_row_stop_the_run() -> None:
     with pytest.raises(
-        NonFiniteError, match=r"step 5: .* in 3 steps in a row .*another name with lower optim.lr"
+        RunStop, match=r"step 5: .* in 3 steps in a row .*another name with lower optim.lr"
     ):
         _run(Progress(), bad_steps=frozenset({3, 4, 5}))
