@@ -133,9 +133,13 @@ class LossConfig(Section):
         default="gamma",
         description="gamma gathers nothing; infonce_gathered gathers all embeddings.",
     )
-    prior: Literal["none", "amortized"] = Field(
+    prior: Literal["none", "amortized", "queue", "history"] = Field(
         default="amortized",
-        description="Belief about each anchor's normaliser beside the local batch.",
+        description="Belief about each anchor's normaliser beside the local batch: a network's "
+        "prediction, this worker's last embeddings, or what the row's last visit said.",
+    )
+    queue_size: PositiveInt = Field(
+        default=4096, description="Pairs kept by prior queue, on each worker."
     )
     u: Literal["mean", "sampled"] = Field(
         default="mean",
@@ -144,6 +148,20 @@ class LossConfig(Section):
     virtual_batch: Annotated[int, Field(ge=2)] | Literal["global"] = Field(
         default="global",
         description="Batch size whose InfoNCE the loss targets; global: train.global_batch.",
+    )
+    max_weight: PositiveFloat = Field(
+        default=10.0,
+        description="Cap on the summed weight of an anchor's negatives (1 on average).",
+    )
+    scale_rule: Literal["plain", "self_normalised", "rho", "fixed"] = Field(
+        default="plain",
+        description="Gradient of the logit scale: the loss's own; with weights normalised per "
+        "anchor; toward divergence rho; none.",
+    )
+    rho: Annotated[float, Field(ge=0)] = Field(
+        default=6.5,
+        description="For scale_rule rho: divergence, in nats, of an anchor's weights on negatives "
+        "from equal ones. Must stay below the log of the negatives.",
     )
 
 

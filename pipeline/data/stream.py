@@ -68,12 +68,14 @@ class BadRow:
 class Batch:
     """Rows of one worker. The first `rows` entries are real; an eval batch may be padded.
 
-    images [b, size, size, 3] uint8; tokens [b, length] int32. `used` holds the positions of each
+    images [b, size, size, 3] uint8; tokens [b, length] int32; keys [b] int64, the rows' numbers in
+    the catalog (shards in path order), whatever the epoch. `used` holds the positions of each
     epoch that this batch settles: its rows, and the bad rows met on the way.
     """
 
     images: torch.Tensor
     tokens: torch.Tensor
+    keys: torch.Tensor
     rows: int
     used: dict[int, NDArray[np.int64]]
     bad: list[BadRow]
@@ -394,8 +396,10 @@ def _guard_empty(blocks: Iterable[dict[str, Any]], num_rows: int) -> Iterator[di
 class _Filling:
     """A batch under construction; owns fresh arrays, since blocks are read-only shared memory."""
 
-    def __init__(self, recipe: Recipe, size: int):
+    def __init__(self, recipe: Recipe, size: int, first_keys: list[NDArray[np.int64]]):
         side = recipe.image_size
+        self._first_keys = first_keys  # of each shard's row groups
+        self.keys = np.full(size, -1, dtype=np.int64)
         self.images = np.zeros((size, side, side, 3), dtype=np.uint8)
         self.tokens = np.full((size, recipe.context_length), recipe.tokenizer.pad, dtype=np.int32)
         self.rows = 0
@@ -416,6 +420,12 @@ class _Filling:
         slot = slice(self.rows, self.rows + len(chosen))
         self.images[slot] = block["image"][chosen]
         self.tokens[slot] = block["tokens"][chosen]
+        self.keys[slot] = [
+            self._first_keys[shard][group] + row
+            for shard, group, row in zip(
+                *(block[name][chosen] for name in ("shard", "row_group", "row")), strict=True
+            )
+        ]
         self.rows += len(chosen)
         self.cut += int(block["cut"][chosen].sum())
         epochs, positions = block["epoch"][start:end], block["position"][start:end]
@@ -442,6 +452,7 @@ class _Filling:
         return Batch(
             images=torch.from_numpy(self.images),
             tokens=torch.from_numpy(self.tokens),
+            keys=torch.from_numpy(self.keys),
             rows=self.rows,
             used={epoch: np.concatenate(parts) for epoch, parts in self.used.items()},
             bad=self.bad,
@@ -449,6 +460,16 @@ class _Filling:
             labels=self.labels,
             more_tokens=self.more_tokens,
         )
+
+
+def _first_keys(catalog: Catalog) -> list[NDArray[np.int64]]:
+    """The key of the first row of every row group, by shard."""
+    keys, first = [], 0
+    for shard in catalog.shards:
+        ends = first + np.cumsum(shard.row_groups, dtype=np.int64)
+        keys.append(ends - np.array(shard.row_groups, dtype=np.int64))
+        first = int(ends[-1]) if len(ends) else first
+    return keys
 
 
 def _rebatch(
@@ -459,14 +480,15 @@ def _rebatch(
     pad_last: bool = False,
 ) -> Iterator[Batch]:
     """Blocks of any size -> batches of `size` good rows; a padded last one only if asked for."""
-    filling = _Filling(recipe, size)
+    first_keys = _first_keys(catalog)
+    filling = _Filling(recipe, size, first_keys)
     for block in blocks:
         at = 0
         while at < len(block["reason"]):
             at = filling.take(block, at, catalog)
             if filling.rows == size:
                 yield filling.finish()
-                filling = _Filling(recipe, size)
+                filling = _Filling(recipe, size, first_keys)
     if pad_last and (filling.rows or filling.bad):
         yield filling.finish()
 

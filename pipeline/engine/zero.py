@@ -123,6 +123,12 @@ class Engine:
         dist.all_reduce(values)
         return values
 
+    def gather(self, value: Any) -> list[Any]:
+        """Give every rank's `value`, any object that can be pickled, in rank order."""
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on any rank; every rank gets the same answer."""
         return bool(self.sum(torch.tensor([float(flag)])).item() > 0)

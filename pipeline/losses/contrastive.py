@@ -4,13 +4,15 @@ The one file of losses/ that may touch torch.distributed; the gamma loss beside 
 Enters: local embeddings. Leaves: a scalar and metrics.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.losses.gamma import LossValue
+from pipeline.losses.base import Gather, LossValue, State
 
 
 class InfoNCEGathered:
@@ -26,10 +28,13 @@ class InfoNCEGathered:
         image: Float[Tensor, "local dim"],
         text: Float[Tensor, "local dim"],
         logit_scale: Float[Tensor, ""],
-        image_log_z: None = None,
-        text_log_z: None = None,
+        image_log_z: Tensor | None = None,
+        text_log_z: Tensor | None = None,
+        logit_bias: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> LossValue:
         """Give the loss of unit-norm embeddings; every worker must hold equally many pairs."""
+        del image_log_z, text_log_z, logit_bias, keys
         all_image, all_text = gather_rows(image), gather_rows(text)
         first = len(image) * _rank()
         labels = torch.arange(first, first + len(image), device=image.device)
@@ -41,11 +46,14 @@ class InfoNCEGathered:
             loss=loss, metrics={"loss": loss.detach(), "logit_scale": logit_scale.detach()}
         )
 
-    def state_dict(self) -> dict[str, dict[str, float]]:
+    def share(self, gather: Gather) -> None:
+        """Nothing to share."""
+
+    def state_dict(self) -> State:
         """Nothing to keep."""
         return {}
 
-    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+    def load_state_dict(self, states: Sequence[State], rank: int, world_size: int) -> None:
         """Nothing to read."""
 
 

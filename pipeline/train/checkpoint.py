@@ -1,7 +1,8 @@
 """What a checkpoint holds, written by all ranks and read back by all.
 
 state/            DeepSpeed's shards: weights, optimiser state
-part-R.json       rank R: rows used since the run began, counts, the loss's running state
+part-R.json       rank R: rows used since the run began, counts
+loss-R.pt         rank R: the loss's running state
 meta.json         progress, world size, ZeRO stage, config, plan, tokenizer, versions
 """
 
@@ -10,14 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.config.plan import Plan
 from pipeline.config.schema import Config
 from pipeline.data.order import Cursor
 from pipeline.data.stream import Tally
 from pipeline.data.text import Tokenizer
 from pipeline.engine.zero import Engine
+from pipeline.losses.base import Loss
 from pipeline.train.loop import Progress
-from pipeline.train.objective import Loss
 from pipeline.train.store import META
 
 
@@ -48,9 +51,9 @@ def save_checkpoint(
     part = {
         "cursor": state.cursor.to_json(),
         "tally": {"rows": state.tally.rows, "cut": state.tally.cut, "bad": dict(state.tally.bad)},
-        "loss": loss.state_dict(),
     }
     (folder / f"part-{rank:05d}.json").write_text(json.dumps(part))
+    torch.save(loss.state_dict(), folder / f"loss-{rank:05d}.pt")
     if rank == 0:
         meta = {
             "progress": asdict(state.progress),
@@ -81,7 +84,8 @@ def load_checkpoint(
     parts = [json.loads(path.read_text()) for path in sorted(folder.glob("part-*.json"))]
     if len(parts) != world_size:
         raise RuntimeError(f"{folder}: holds {len(parts)} parts, {world_size} were written")
-    loss.load_state_dict(parts[rank]["loss"])
+    states = [torch.load(path, weights_only=True) for path in sorted(folder.glob("loss-*.pt"))]
+    loss.load_state_dict(states, rank, world_size)
     cursor = Cursor.from_json(parts[0]["cursor"])
     tally = Tally()
     for part in parts:

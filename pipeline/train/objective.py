@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from pipeline.config.plan import Plan
 from pipeline.config.schema import Config, LossConfig
 from pipeline.data.text import Tokenizer
+from pipeline.losses.base import Loss
 from pipeline.losses.contrastive import InfoNCEGathered
 from pipeline.losses.gamma import GammaLoss
-from pipeline.losses.normalizer import AmortizedPrior
+from pipeline.losses.priors import AmortizedPrior, HistoryPrior, Prior, QueuePrior
 from pipeline.models.two_tower import TwoTower, build_two_tower
-
-Loss = GammaLoss | InfoNCEGathered
 
 
 class Outputs(NamedTuple):
@@ -65,11 +64,24 @@ def build_pretraining(config: Config, tokenizer: Tokenizer) -> Pretraining:
     )
 
 
-def build_loss(config: Config, plan: Plan) -> Loss:
-    """Build the loss of a run."""
-    if config.loss.kind == "infonce_gathered":
+def build_loss(config: Config, plan: Plan, *, embed_dim: int, rank: int, world_size: int) -> Loss:
+    """Build one worker's loss of a run."""
+    loss = config.loss
+    if loss.kind == "infonce_gathered":
         return InfoNCEGathered()
-    return GammaLoss(virtual_batch=plan.virtual_batch, u=config.loss.u)
+    prior: Prior | None = None
+    if loss.prior == "queue":
+        prior = QueuePrior(loss.queue_size, embed_dim)
+    elif loss.prior == "history":
+        prior = HistoryPrior(plan.train_rows, rank=rank, world_size=world_size)
+    return GammaLoss(
+        virtual_batch=plan.virtual_batch,
+        u=loss.u,
+        prior=prior,
+        scale_rule=loss.scale_rule,
+        rho=loss.rho,
+        max_weight=loss.max_weight,
+    )
 
 
 def _has_prior(loss: LossConfig) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.data.stream import Batch
 from pipeline.engine.zero import Engine
-from pipeline.train.objective import Loss
+from pipeline.losses.base import Loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,7 @@ def train_step(
         used.append(batch)
         images = batch.images.to(engine.device, non_blocking=True)
         tokens = batch.tokens.to(engine.device, non_blocking=True)
-        value = loss(*engine(images, tokens))
+        value = loss(*engine(images, tokens), keys=batch.keys)
         if engine.any(not bool(value.loss.isfinite())):
             is_finite = False
             if accumulation == 1:

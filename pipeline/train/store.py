@@ -115,7 +115,9 @@ class RunFolder:
         if meta is None:
             return False
         parts = range(json.loads(meta)["world_size"])
-        paths = [f"{self.path}/{name}/part-{rank:05d}.json" for rank in parts]
+        names = [f"part-{rank:05d}.json" for rank in parts]
+        names += [f"loss-{rank:05d}.pt" for rank in parts]
+        paths = [f"{self.path}/{name}/{part}" for part in names]
         found = self.filesystem.get_file_info(paths)
         return all(item.type == pafs.FileType.File for item in found)
 

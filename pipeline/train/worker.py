@@ -137,15 +137,22 @@ class _Trainer:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         _set_threads(job.config)
         config, plan = job.config, job.plan
+        module = build_pretraining(config, job.tokenizer)
         self.engine = Engine(
-            build_pretraining(config, job.tokenizer),
+            module,
             engine=config.engine,
             optim=config.optim,
             micro_batch=plan.micro_batch,
             accumulation=plan.accumulation,
             device=ray.train.torch.get_device(),
         )
-        self.loss = build_loss(config, plan)
+        self.loss = build_loss(
+            config,
+            plan,
+            embed_dim=module.towers.embed_dim,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
         self.state = State(
             progress=Progress(), cursor=Cursor(digest=job.catalog.digest), tally=Tally()
         )
@@ -214,6 +221,9 @@ class _Trainer:
         # Draws (sampled u) follow from (seed, step, rank), so a resumed run repeats them.
         seeds = np.random.SeedSequence([config.train.seed, progress.step, self.rank])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+        if progress.samples % plan.train_rows < plan.global_batch:
+            # About where an epoch begins, at the same step on every rank.
+            self.loss.share(self.engine.gather)
         factor = lr_factor(
             progress.samples,
             warmup=plan.warmup_samples,
@@ -294,6 +304,7 @@ class _Trainer:
         self.meter.skip()
 
     def _checkpoint(self, progress: Progress) -> None:
+        self.loss.share(self.engine.gather)
         folder = Path(tempfile.mkdtemp(prefix="gammaray-"))
         save_checkpoint(
             folder,

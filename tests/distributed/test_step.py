@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from pipeline.data.stream import Batch
 from pipeline.engine.zero import Engine
-from pipeline.losses.gamma import GammaLoss, LossValue
+from pipeline.losses.base import LossValue
+from pipeline.losses.gamma import GammaLoss
 from pipeline.train.step import train_step
 from tests.distributed.gloo import run_ranks
 from tests.tiny import tiny_config, tiny_module, tiny_pairs
@@ -22,8 +23,8 @@ class _SometimesBad:
     def __init__(self, bad: tuple[bool, ...]):
         self._bad, self._at, self._loss = bad, 0, GammaLoss(virtual_batch=8)
 
-    def __call__(self, *outputs: Any) -> LossValue:
-        value = self._loss(*outputs)
+    def __call__(self, *outputs: Any, keys: torch.Tensor) -> LossValue:
+        value = self._loss(*outputs, keys=keys)
         is_bad = self._bad[self._at] and dist.get_rank() == 1
         self._at += 1
         return LossValue(loss=value.loss * float("nan"), metrics={}) if is_bad else value
@@ -56,7 +57,15 @@ def _step(stage: int, accumulation: int, bad: tuple[bool, ...]) -> tuple[bool, b
 
     images, tokens = tiny_pairs(4, seed=dist.get_rank())
     batch = Batch(
-        images=images, tokens=tokens, rows=4, used={}, bad=[], cut=0, labels={}, more_tokens=[]
+        images=images,
+        tokens=tokens,
+        keys=torch.arange(4),
+        rows=4,
+        used={},
+        bad=[],
+        cut=0,
+        labels={},
+        more_tokens=[],
     )
     before = weights()
     result = train_step(engine, _SometimesBad(bad), iter([batch] * accumulation), accumulation, 1.0)  # pyright: ignore[reportArgumentType]

@@ -1,6 +1,8 @@
 """Laws of the gamma loss: what it equals, what it stays finite at, what its weights sum to."""
 
 import math
+from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.losses.gamma import GammaLoss
-from pipeline.losses.normalizer import Evidence, log_mean_exp, prior_deviance
+from pipeline.losses.gamma import Features, GammaLoss, ScaleRule
+from pipeline.losses.normalizer import Evidence, prior_deviance
+from pipeline.losses.pairs import Sums, local_sums
+from tests.dense_gamma import dense_gamma
 
 
 def _unit(rows: int, dim: int, seed: int) -> Tensor:
@@ -102,6 +106,105 @@ def test_gradient_is_that_of_the_defined_objective(
         torch.testing.assert_close(mine, expected, rtol=1e-7, atol=1e-9)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(2, 17), st.integers(1, 20), st.floats(1, 100), st.sampled_from([0.3, 1.0]),
+    st.integers(0, 1000),
+)  # fmt: skip
+def test_blocked_equals_dense(b: int, block: int, scale: float, g: float, seed: int) -> None:
+    """Forward and backward, whatever the blocks leave over."""
+    image, text, logit_scale = _unit(b, 6, seed), _unit(b, 6, seed + 1), _scale(scale)
+    a, c = torch.randn(2, b, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    priors = (a, c) if g < 1 else (None, None)
+    loss = GammaLoss(virtual_batch=3 * b, block=block, image_evidence=_FixedEvidence(g),
+                     text_evidence=_FixedEvidence(g))  # fmt: skip
+    ours = loss(image, text, logit_scale, *priors).loss
+    dense = dense_gamma(image, text, logit_scale, 3 * b - 1, priors, g)
+    torch.testing.assert_close(ours, dense, rtol=1e-9, atol=1e-9)
+    for mine, expected in zip(
+        _grads(ours, image, text, logit_scale),
+        _grads(dense, image, text, logit_scale),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_bf16_embeddings_have_fp32_logits() -> None:
+    """The loss of rounded embeddings is that of fp32 ones of the same values."""
+    image, text = (_unit(40, 16, seed).detach().bfloat16() for seed in (0, 1))
+    halves = [image.clone().requires_grad_(), text.clone().requires_grad_()]
+    wide = [image.float().requires_grad_(), text.float().requires_grad_()]
+    scale = torch.tensor(100.0, requires_grad=True)
+    first = GammaLoss(virtual_batch=40, block=7)(*halves, scale).loss
+    second = GammaLoss(virtual_batch=40)(*wide, scale).loss
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+    for mine, expected in zip(_grads(first, *halves), _grads(second, *wide), strict=True):
+        torch.testing.assert_close(mine, expected.bfloat16())
+
+
+def _in_shards(
+    loss: Callable[[], GammaLoss], image: Tensor, text: Tensor, scale: Tensor, shards: int
+) -> Tensor:
+    """The mean loss of workers that each meet the blocks of all others."""
+    losses = [loss() for _ in range(shards)]
+    parts = list(zip(image.chunk(shards), text.chunk(shards), strict=True))
+    features = [Features(image=x.detach(), text=y.detach()) for x, y in parts]
+    opened = [
+        gamma.open(x, y, scale, partners=features[:rank] + features[rank + 1 :])
+        for rank, (gamma, (x, y)) in enumerate(zip(losses, parts, strict=True))
+    ]
+    weights = [half.weights for half in opened]
+    values = [
+        gamma.close(half, weights[:rank] + weights[rank + 1 :]).loss
+        for rank, (gamma, half) in enumerate(zip(losses, opened, strict=True))
+    ]
+    return torch.stack(values).mean()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.integers(2, 4), st.floats(1, 60), st.integers(0, 1000))
+def test_meeting_every_partner_is_infonce_on_the_global_batch(
+    local: int, shards: int, scale: float, seed: int
+) -> None:
+    """Reach is exact: both workers' gradients of a shared pair add up to its gradient."""
+    b = local * shards
+    image, text, logit_scale = _unit(b, 5, seed), _unit(b, 5, seed + 1), _scale(scale)
+    ours = _in_shards(lambda: GammaLoss(virtual_batch=b, block=2), image, text, logit_scale, shards)
+    theirs = _cross_entropy(image, text, logit_scale)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    for mine, expected in zip(
+        _grads(ours, image, text, logit_scale),
+        _grads(theirs, image, text, logit_scale),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, expected, rtol=1e-7, atol=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(3, 9), st.floats(2, 60), st.integers(0, 1000))
+def test_scale_rules_without_a_prior(b: int, scale: float, seed: int) -> None:
+    """K = n: plain and self-normalised agree; rho is the dual's derivative; fixed is zero."""
+    image, text, logit_scale = _unit(b, 5, seed), _unit(b, 5, seed + 1), _scale(scale)
+    found = {
+        rule: _grads(
+            GammaLoss(virtual_batch=b, scale_rule=rule, rho=0.3)(image, text, logit_scale).loss,
+            logit_scale,
+        )[0]
+        for rule in get_args(ScaleRule)
+    }
+    torch.testing.assert_close(found["plain"], found["self_normalised"])
+    assert found["fixed"] == 0
+    # d/d scale of (1/scale) (mean log E_j e^{s_ij}) + rho / scale, times scale
+    free = _scale(scale)
+    logits = free * (image @ text.T).detach()
+    sums = [
+        s.masked_fill(torch.eye(b, dtype=torch.bool), -math.inf).logsumexp(1) - math.log(b - 1)
+        for s in (logits, logits.T)
+    ]
+    dual = 0.5 * (sums[0].mean() + sums[1].mean()) / free + 0.3 / free
+    torch.testing.assert_close(found["rho"], _grads(dual, free)[0] * scale)
+
+
 @pytest.mark.parametrize("b", [1, 2, 3, 64])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("kind", ["random", "identical", "duplicates", "opposed"])
@@ -137,19 +240,25 @@ def test_sampled_u_has_the_mean_gradient() -> None:
     assert (error <= 5 * draws.std(0) / math.sqrt(len(draws))).all()
 
 
-def test_rows_of_weights_are_bounded_by_the_batch_weight() -> None:
-    """sum_j w_ij <= 1/g, whatever the prior says."""
-    image, text = _unit(8, 4, 0).detach(), _unit(8, 4, 1).detach()
-    for prior in (-50.0, 0.0, 50.0):
-        logits = (20 * image @ text.T).requires_grad_()
-        g = 0.25
-        from pipeline.losses.gamma import _Direction
-
-        log_z = torch.full((8,), prior, dtype=torch.float64)
-        direction = _Direction.of(logits, log_z, _FixedEvidence(g), 1000)
-        weights = direction.weights(logits.detach(), "mean")
-        weights.diagonal().zero_()
-        assert (weights.sum(1) <= 1 / g + 1e-9).all()
+@pytest.mark.parametrize(("g", "cap", "most"), [(0.25, math.inf, 4.0), (0.01, 3.0, 3.0)])
+@pytest.mark.parametrize("prior", [-50.0, 0.0, 50.0])
+def test_an_anchors_weights_are_bounded(g: float, cap: float, most: float, prior: float) -> None:
+    """sum_j w_ij <= 1/g, and <= max_weight, whatever the prior says."""
+    image, text = _unit(8, 4, 0), _unit(8, 4, 1)
+    log_z = torch.full((8,), prior, dtype=torch.float64)
+    loss = GammaLoss(
+        virtual_batch=1001,
+        max_weight=cap,
+        image_evidence=_FixedEvidence(g),
+        text_evidence=_FixedEvidence(g),
+    )
+    opened = loss.open(image, text, _scale(20.0), log_z, log_z)
+    logits = (20 * image @ text.T).detach()
+    logits.diagonal().fill_(-math.inf)
+    weights = (logits + opened.weights.image[:, None]).exp()
+    assert (weights.sum(1) <= most + 1e-9).all()
+    if prior == -50.0:
+        assert weights.sum(1).max().item() == pytest.approx(most, rel=1e-4), "it is reached"
 
 
 def test_exact_normaliser_is_unbiased_over_shards() -> None:
@@ -159,14 +268,14 @@ def test_exact_normaliser_is_unbiased_over_shards() -> None:
     """
     total, b, num_virtual = 12, 4, 11
     image, text, scale = _unit(total, 3, 0), _unit(total, 3, 1), _scale(6.0)
-    s = scale * image @ text.T
-    log_z = (log_mean_exp(s.detach()), log_mean_exp(s.T.detach()))
+    sums = local_sums(image.detach(), text.detach(), scale.detach(), 5)
+    log_z = (sums[0].log_mean, sums[1].log_mean)
     full = _literal(image, text, scale, log_z[0], log_z[1], 1e12, num_virtual)
     (expected,) = _grads(full, image)
     generator = torch.Generator().manual_seed(0)
     gradients = []
     for _ in range(3000):
-        loss = s.new_zeros(())
+        loss = image.new_zeros(())
         for shard in torch.randperm(total, generator=generator).split(b):
             evidence = _FixedEvidence(1e-12), _FixedEvidence(1e-12)
             gamma = GammaLoss(
@@ -193,19 +302,16 @@ def test_evidence_trusts_a_good_prior_and_drops_a_bad_one() -> None:
     torch.manual_seed(0)
     good, bad = Evidence(), Evidence()
     for _ in range(200):
-        logits = torch.randn(16, 16)
-        truth = torch.full((16,), 0.5)  # log E e^s of N(0, 1)
-        log_mean = log_mean_exp(logits)
-        good_weight = good.update(logits, log_mean, truth, 1000)
-        bad_weight = bad.update(logits, log_mean, truth + 8, 1000)
+        sums = Sums(log_sum=torch.randn(2, 16, 8).logsumexp(2), count=torch.full((2, 16), 8.0))
+        miss = sums.log_mean - 0.5  # log E e^s of N(0, 1)
+        good_weight = good.update(sums.half_difference, miss, 16, 1000)
+        bad_weight = bad.update(sums.half_difference, miss - 8, 16, 1000)
     assert good_weight < 0.4
     assert bad_weight > 0.95
 
 
 def test_evidence_never_falls_below_the_share_of_real_negatives() -> None:
-    evidence = Evidence()
-    logits = torch.zeros(9, 9)
-    weight = evidence.update(logits, log_mean_exp(logits), torch.zeros(9), 16)
+    weight = Evidence().update(torch.zeros(9), torch.zeros(9), 8, 16)
     assert weight >= 8 / 16
 
 
@@ -214,7 +320,7 @@ def test_evidence_survives_its_state() -> None:
     image, text, scale = _unit(8, 4, 0), _unit(8, 4, 1), _scale(5.0)
     prior = torch.zeros(8, dtype=torch.float64)
     loss(image, text, scale, prior, prior)
-    again.load_state_dict(loss.state_dict())
+    again.load_state_dict([loss.state_dict()], 0, 1)
     first = loss(image, text, scale, prior, prior).metrics
     second = again(image, text, scale, prior, prior).metrics
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,52 @@
+"""What every contrastive loss takes, gives and keeps."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+State = dict[str, Any]  # plain values and tensors, for torch.save
+Gather = Callable[[Any], list[Any]]  # gives every worker's value, in rank order
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossValue:
+    """`loss` to run backward on; `metrics` are detached scalars to log (local to this worker)."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Loss(Protocol):
+    """A loss of this worker's pairs; the mean over workers is what training minimises."""
+
+    def __call__(
+        self,
+        image: Float[Tensor, "local dim"],
+        text: Float[Tensor, "local dim"],
+        logit_scale: Float[Tensor, ""],
+        image_log_z: Float[Tensor, " local"] | None = None,
+        text_log_z: Float[Tensor, " local"] | None = None,
+        logit_bias: Float[Tensor, ""] | None = None,
+        keys: Int[Tensor, " local"] | None = None,
+    ) -> LossValue:
+        """Give the loss of unit-norm embeddings; row i of both is pair i.
+
+        `image_log_z`, `text_log_z` are a trained prior's predictions, `logit_bias` is added to
+        sigmoid logits, `keys` are the rows' identities; a loss ignores what it has no use for.
+        """
+        ...
+
+    def share(self, gather: Gather) -> None:
+        """Tell the other workers what they will need; all call it at the same step."""
+        ...
+
+    def state_dict(self) -> State:
+        """This worker's part of the running state."""
+        ...
+
+    def load_state_dict(self, states: Sequence[State], rank: int, world_size: int) -> None:
+        """Read the parts of all workers of the time, whose number may differ from `world_size`."""
+        ...
