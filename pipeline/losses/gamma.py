@@ -61,14 +61,14 @@ class Weights:
 
 
 class Reach(Protocol):
-    """Brings the blocks of this step's partners; both sides must meet each other."""
+    """Brings tensors of this step's partners; both sides must meet each other."""
 
-    def features(self, mine: Features) -> Sequence[Features]:
-        """Send mine, give the partners'."""
+    def meet(self, meeting: int, mine: Sequence[Tensor]) -> Sequence[Sequence[Tensor]]:
+        """Send mine to the partners of a meeting, give theirs."""
         ...
 
-    def weights(self, mine: Weights) -> Sequence[Weights]:
-        """Send mine, give those of the same partners in the same order."""
+    def again(self, mine: Sequence[Tensor]) -> Sequence[Sequence[Tensor]]:
+        """Send mine to the same partners, give theirs in the same order."""
         ...
 
 
@@ -113,6 +113,7 @@ class GammaLoss:
     block: int = BLOCK_ROWS
     image_evidence: Evidence = field(default_factory=Evidence)
     text_evidence: Evidence = field(default_factory=Evidence)
+    meetings: int = 0
 
     def __call__(
         self,
@@ -133,12 +134,15 @@ class GammaLoss:
         `loss_i` above.
         """
         del logit_bias
-        partners = ()
-        if self.reach is not None:
-            partners = self.reach.features(Features(image=_wide(image), text=_wide(text)))
-        opened = self.open(image, text, logit_scale, image_log_z, text_log_z, keys, partners)
-        weights = self.reach.weights(opened.weights) if self.reach is not None else ()
-        return self.close(opened, weights)
+        predictions = image_log_z, text_log_z
+        if self.reach is None:
+            return self.close(self.open(image, text, logit_scale, *predictions, keys), ())
+        blocks = self.reach.meet(self.meetings, (image.detach(), text.detach()))
+        self.meetings += 1
+        partners = [Features(image=_wide(x), text=_wide(y)) for x, y in blocks]
+        opened = self.open(image, text, logit_scale, *predictions, keys, partners)
+        theirs = self.reach.again((opened.weights.image, opened.weights.text))
+        return self.close(opened, [Weights(image=u, text=v) for u, v in theirs])
 
     @torch.no_grad()
     def open(
@@ -307,6 +311,7 @@ class GammaLoss:
         state: State = {
             "image": self.image_evidence.state_dict(),
             "text": self.text_evidence.state_dict(),
+            "meetings": self.meetings,
         }
         return state | {"prior": self.prior.state_dict()} if self.prior is not None else state
 
@@ -314,6 +319,7 @@ class GammaLoss:
         """Read what all workers of the time gave; `world_size` may differ from their number."""
         self.image_evidence.load_state_dict([state["image"] for state in states], rank, world_size)
         self.text_evidence.load_state_dict([state["text"] for state in states], rank, world_size)
+        self.meetings = states[0]["meetings"]
         if self.prior is not None:
             self.prior.load_state_dict([state["prior"] for state in states], rank, world_size)
 
