@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pipeline.losses.base import Gather, LossValue, State
+from pipeline.losses.diagnostics import variance_ratio
 from pipeline.losses.normalizer import Evidence, prior_deviance
 from pipeline.losses.pairs import (
     BLOCK_ROWS,
@@ -186,7 +187,7 @@ class GammaLoss:
         """Second half: gradients of all pairs, and the loss that carries them."""
         rows, columns = opened.rows, opened.columns
         with torch.no_grad():
-            gradients = self._gradients(opened, partners)
+            *gradients, diagnoses = self._gradients(opened, partners)
             bound = 0.5 * (rows.bound + columns.bound).mean()
         loss = _Carry.apply(bound, *gradients, *opened.inputs)
         assert isinstance(loss, Tensor)
@@ -197,8 +198,12 @@ class GammaLoss:
                 # scale; clipping by the global norm does, and would shrink the towers' gradient.
                 loss = loss + PRIOR_GRADIENT_SCALE * (deviance - deviance.detach())
         metrics = {"loss": bound, "logit_scale": opened.inputs[2].detach().clone()}
-        for side, direction in (("image", rows), ("text", columns)):
-            metrics |= {f"{name}_{side}": value for name, value in direction.metrics.items()}
+        for side, direction, more in zip(
+            ("image", "text"), (rows, columns), diagnoses, strict=True
+        ):
+            metrics |= {
+                f"{name}_{side}": value for name, value in (direction.metrics | more).items()
+            }
         return LossValue(loss=loss, metrics=metrics)
 
     def _direct(
@@ -245,8 +250,8 @@ class GammaLoss:
 
     def _gradients(
         self, opened: Opened, partners: Sequence[Weights]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss's gradient by image, text, and logit scale."""
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """The loss's gradient by image, text, and logit scale; diagnoses of both directions."""
         x, y, scale = opened.features.image, opened.features.text, opened.scale
         rows, columns = opened.rows, opened.columns
         mine = opened.weights
@@ -277,7 +282,11 @@ class GammaLoss:
                 opened.keys,
                 (rows.observation(row_cosines), columns.observation(column_cosines)),
             )
-        return grad_x * (scale * factor), grad_y * (scale * factor), by_scale
+        diagnoses = (
+            _diagnose(rows, row_cosines, x, y, scale),
+            _diagnose(columns, column_cosines, y, x, scale),
+        )
+        return grad_x * (scale * factor), grad_y * (scale * factor), by_scale, diagnoses
 
     def _scale_gradient(self, direction: "_Direction", cosines: Tensor, scale: Tensor) -> Tensor:
         """The gradient of one direction's mean loss by the logit scale.
@@ -363,6 +372,18 @@ class _Direction:
     def observation(self, cosines: Tensor) -> Observation:
         """What a prior may learn from."""
         return Observation(log_z=self.log_negatives, tilt=self.tilt(cosines))
+
+
+def _diagnose(
+    direction: _Direction, cosines: Tensor, anchors: Tensor, others: Tensor, scale: Tensor
+) -> dict[str, Tensor]:
+    if not direction.num_negatives:
+        return {}
+    divergence = scale * direction.tilt(cosines) - direction.log_mean
+    return {
+        "effective_negatives": direction.num_negatives * (-divergence).exp().mean(),
+        "variance_ratio": variance_ratio(anchors, others, scale, direction.log_rate),
+    }
 
 
 class _Carry(torch.autograd.Function):

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from jobs.bench.dense import dense_gamma
 from pipeline.losses.gamma import Features, GammaLoss, ScaleRule
 from pipeline.losses.normalizer import Evidence, prior_deviance
 from pipeline.losses.pairs import Sums, local_sums
-from tests.dense_gamma import dense_gamma
 
 
 def _unit(rows: int, dim: int, seed: int) -> Tensor:
