@@ -1,0 +1,1 @@
+"""Benchmarks: each prints its table, judges its goals, and writes JSON and a figure."""

@@ -3,7 +3,6 @@
 Enters: detached embeddings and weights. Leaves: scalars. Must not know: other workers.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,23 +15,26 @@ def variance_ratio(
     y: Float[Tensor, "b dim"],
     scale: Float[Tensor, ""],
     log_rate: Float[Tensor, " b"],
-) -> Float[Tensor, ""]:
+) -> Float[Tensor, ""] | None:
     """Give rho = s12 / (s1 + s2) of the repulsion's kernel H_ij = u_i e^{s_ij} d s_ij.
 
     s1 and s2 are the variances that anchors and negatives bring by themselves, s12 that of their
     pairing. The gradient of a step with local batch b and global batch B has the variance of the
     all-gathered one times (1 + rho/(b-1)) / (1 + rho/(B-1)): b - 1 well above rho loses nothing by
     staying local. Two-way analysis of variance on a probe of the batch, with d s_ij taken by a
-    shared bilinear map (x_i y_j^T). Derived for this project. NaN below 8 pairs.
+    shared bilinear map (x_i y_j^T). Derived for this project. None below 16 pairs.
     """
     half = min(PROBE, len(x) // 2)
-    if half < 4:
-        return x.new_full((), torch.nan)
+    if half < 8:
+        return None
     anchors, others = x[:half], y[half : 2 * half]
     weights = (scale * (anchors @ others.T) - log_rate[:half, None]).exp()
-    of_anchors = (weights @ others).square().sum() / half**2
-    of_others = (weights.T @ anchors).square().sum() / half**2
-    mean = (anchors.T @ weights @ others).square().sum() / half**4
+    # Squared norms of means of H by Gram matrices: no dim x dim product.
+    by_others = weights @ (others @ others.T)
+    by_anchors = (anchors @ anchors.T) @ weights
+    of_anchors = (weights * by_others).sum() / half**2
+    of_others = (weights * by_anchors).sum() / half**2
+    mean = (by_anchors * by_others).sum() / half**4
     free = half - 1
     pairing = weights.square().sum() - half * (of_anchors + of_others) + half**2 * mean
     s12 = pairing / free**2

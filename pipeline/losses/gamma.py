@@ -33,11 +33,10 @@ from pipeline.losses.diagnostics import variance_ratio
 from pipeline.losses.normalizer import Evidence, prior_deviance
 from pipeline.losses.pairs import (
     BLOCK_ROWS,
+    LocalPairs,
     Sums,
     foreign_sums,
-    local_sums,
     weigh_foreign,
-    weigh_local,
 )
 from pipeline.losses.priors import Observation, Prior
 
@@ -80,6 +79,7 @@ class Opened:
     inputs: tuple[Tensor, Tensor, Tensor]
     log_z: tuple[Tensor | None, Tensor | None]
     features: Features
+    local: LocalPairs
     partners: Sequence[Features]
     scale: Tensor
     rows: "_Direction"
@@ -162,7 +162,8 @@ class GammaLoss:
         """
         features = Features(image=_wide(image), text=_wide(text))
         x, y, scale = features.image, features.text, _wide(logit_scale)
-        row_sums, column_sums = local_sums(x, y, scale, self.block)
+        local = LocalPairs(x, y, scale, self.block)
+        row_sums, column_sums = local.sums()
         for partner in partners:
             row_sums += foreign_sums(x, partner.text, scale, self.block)
             column_sums += foreign_sums(y, partner.image, scale, self.block)
@@ -176,6 +177,7 @@ class GammaLoss:
             inputs=(image, text, logit_scale),
             log_z=(image_log_z, text_log_z),
             features=features,
+            local=local,
             partners=partners,
             scale=scale,
             rows=rows,
@@ -255,7 +257,7 @@ class GammaLoss:
         x, y, scale = opened.features.image, opened.features.text, opened.scale
         rows, columns = opened.rows, opened.columns
         mine = opened.weights
-        weighed = weigh_local(x, y, scale, mine.image, mine.text, self.block)
+        weighed = opened.local.weigh(mine.image, mine.text)
         grad_x, grad_y = weighed.x, weighed.y
         row_cosines, column_cosines = weighed.row_cosines, weighed.column_cosines
         for other, theirs in zip(opened.partners, partners, strict=True):
@@ -380,10 +382,9 @@ def _diagnose(
     if not direction.num_negatives:
         return {}
     divergence = scale * direction.tilt(cosines) - direction.log_mean
-    return {
-        "effective_negatives": direction.num_negatives * (-divergence).exp().mean(),
-        "variance_ratio": variance_ratio(anchors, others, scale, direction.log_rate),
-    }
+    found = {"effective_negatives": direction.num_negatives * (-divergence).exp().mean()}
+    ratio = variance_ratio(anchors, others, scale, direction.log_rate)
+    return found if ratio is None else found | {"variance_ratio": ratio}
 
 
 class _Carry(torch.autograd.Function):

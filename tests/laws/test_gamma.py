@@ -14,7 +14,7 @@ from torch import Tensor
 from jobs.bench.dense import dense_gamma
 from pipeline.losses.gamma import Features, GammaLoss, ScaleRule
 from pipeline.losses.normalizer import Evidence, prior_deviance
-from pipeline.losses.pairs import Sums, local_sums
+from pipeline.losses.pairs import LocalPairs, Sums
 
 
 def _unit(rows: int, dim: int, seed: int) -> Tensor:
@@ -268,7 +268,7 @@ def test_exact_normaliser_is_unbiased_over_shards() -> None:
     """
     total, b, num_virtual = 12, 4, 11
     image, text, scale = _unit(total, 3, 0), _unit(total, 3, 1), _scale(6.0)
-    sums = local_sums(image.detach(), text.detach(), scale.detach(), 5)
+    sums = LocalPairs(image.detach(), text.detach(), scale.detach(), 5).sums()
     log_z = (sums[0].log_mean, sums[1].log_mean)
     full = _literal(image, text, scale, log_z[0], log_z[1], 1e12, num_virtual)
     (expected,) = _grads(full, image)
