@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,7 +24,7 @@ def run_ranks(work: Callable[..., Any], world_size: int, *inputs: Any) -> list[A
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        mp.spawn(_rank, (world_size, port, folder, work, inputs), nprocs=world_size)
+        spawn(_rank, (world_size, port, folder, work, inputs), nprocs=world_size)
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world_size)]
 
 

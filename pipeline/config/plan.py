@@ -8,8 +8,13 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, LossKind
 from pipeline.errors import Problem
+
+# Comparators whose anchors meet the pairs of all workers; the other two meet their own worker's.
+WHOLE_BATCH: frozenset[LossKind] = frozenset(
+    ("infonce_gathered", "sigmoid_ring", "fastclip_v1", "fastclip_v3")
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,13 +30,17 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Derived numbers of a run. Batches in pairs, memory and traffic in bytes per worker."""
+    """Derived numbers of a run. Batches in pairs, memory and traffic in bytes per worker.
+
+    `virtual_batch` is what the gamma loss targets; of a comparator, what it contrasts at once.
+    """
 
     workers: int
     global_batch: int
     local_batch: int
     micro_batch: int
     accumulation: int
+    loss_kind: LossKind
     virtual_batch: int
     train_rows: int
     val_rows: int
@@ -59,11 +68,15 @@ class Plan:
             if self.accumulation == 1
             else f"in {self.accumulation} micro batches of {self.micro_batch}"
         )
+        contrast = (
+            f"the loss targets a virtual batch of {self.virtual_batch:,}"
+            if self.loss_kind == "gamma"
+            else f"loss {self.loss_kind} contrasts {self.virtual_batch:,} pairs at once"
+        )
         return [
             f"Data: {self.train_rows:,} training rows, {self.val_rows:,} evaluation rows.",
             f"Batch: {self.global_batch:,} pairs a step on {self.workers} worker(s), "
-            f"{self.local_batch:,} each {accumulate}; the loss targets a virtual batch of "
-            f"{self.virtual_batch:,}.",
+            f"{self.local_batch:,} each {accumulate}; {contrast}.",
             f"Length: {self.steps:,} steps, {self.samples:,} samples, {epochs:.2f} epochs; "
             f"warm-up over {self.warmup_samples:,} samples.",
             f"Model: {self.num_parameters:,} parameters, vocabulary {self.vocab_size:,}.",
@@ -106,31 +119,7 @@ def find_contradictions(config: Config) -> list[Problem]:
                 f"(train.global_batch {train.global_batch} / cluster.workers {workers})",
             )
         )
-    if config.loss.kind == "infonce_gathered" and micro != local:
-        problems.append(
-            Problem(
-                place="engine.micro_batch",
-                message=f"is {micro}, fewer than the local batch {local}: infonce_gathered would "
-                "miss negatives of the other micro batches; use auto, or loss.kind=gamma",
-            )
-        )
-    if config.loss.kind == "gamma" and micro < 2:
-        problems.append(
-            Problem(
-                place="engine.micro_batch",
-                message=f"is {micro}; a pair without any other has no negatives and trains "
-                "nothing: raise it, raise train.global_batch, or lower cluster.workers",
-            )
-        )
-    virtual = config.loss.virtual_batch
-    if config.loss.kind == "gamma" and isinstance(virtual, int) and virtual < micro:
-        problems.append(
-            Problem(
-                place="loss.virtual_batch",
-                message=f"is {virtual}; it must be at least the micro batch {micro}, whose pairs "
-                "are all used: raise it, or use global",
-            )
-        )
+    problems += _loss_contradictions(config, local, micro)
     if config.evaluate.zero_shot and config.data.val is None:
         problems.append(
             Problem(place="data.val", message="missing; evaluate.zero_shot needs rows to classify")
@@ -145,13 +134,69 @@ def find_contradictions(config: Config) -> list[Problem]:
     return problems
 
 
+def _loss_contradictions(config: Config, local: int, micro: int) -> list[Problem]:
+    """What the loss contradicts, at `local` pairs per worker in micro batches of `micro`."""
+    problems: list[Problem] = []
+    kind, virtual = config.loss.kind, config.loss.virtual_batch
+    if kind in WHOLE_BATCH and micro != local:
+        problems.append(
+            Problem(
+                place="engine.micro_batch",
+                message=f"is {micro}, fewer than the local batch {local}: {kind} would "
+                "miss negatives of the other micro batches; use auto, or loss.kind=gamma",
+            )
+        )
+    if kind in WHOLE_BATCH and config.train.global_batch < 2:
+        problems.append(
+            Problem(
+                place="train.global_batch",
+                message=f"is {config.train.global_batch}; a pair without any other has no "
+                "negatives and trains nothing: raise it",
+            )
+        )
+    if kind not in WHOLE_BATCH and micro < 2:
+        problems.append(
+            Problem(
+                place="engine.micro_batch",
+                message=f"is {micro}; a pair without any other has no negatives and trains "
+                "nothing: raise it, raise train.global_batch, or lower cluster.workers",
+            )
+        )
+    at_hand = micro * (config.loss.exchange + 1)
+    if kind == "gamma" and isinstance(virtual, int) and virtual < at_hand:
+        problems.append(
+            Problem(
+                place="loss.virtual_batch",
+                message=f"is {virtual}; it must be at least {at_hand}, the pairs at hand (the "
+                "micro batch and partners'), which are all used: raise it, or use global",
+            )
+        )
+    workers, exchange = config.cluster.workers, config.loss.exchange
+    if exchange and (kind != "gamma" or exchange >= workers):
+        problems.append(
+            Problem(
+                place="loss.exchange",
+                message=f"is {exchange}; it needs loss.kind=gamma and as many other workers "
+                f"(there are {workers - 1}): lower it, 0 keeps every feature on its worker",
+            )
+        )
+    if kind != "gamma" and virtual != "global":
+        problems.append(
+            Problem(
+                place="loss.virtual_batch",
+                message=f"is {virtual}; {kind} contrasts the pairs it sees and no virtual ones: "
+                "leave it at global, or use loss.kind=gamma",
+            )
+        )
+    return problems
+
+
 def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
     """Derive the plan; the problems are what contradicts the data. The config is consistent."""
     train, workers = config.train, config.cluster.workers
     local, micro = _batches(config)
     wanted = train.samples or round((train.epochs or 0) * facts.train_rows)
     steps = wanted // train.global_batch
-    virtual = config.loss.virtual_batch
     problems: list[Problem] = []
     if train.global_batch > facts.train_rows:
         problems.append(
@@ -176,16 +221,14 @@ def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
                 message=f"is {config.optim.warmup_samples}, more than the run's {wanted} samples",
             )
         )
-    gathers = config.loss.kind == "infonce_gathered"
-    # Received per worker: both modalities forward (2U), their gradients backward (2U), fp32.
-    unit = (workers - 1) * local * facts.embed_dim * 4
     plan = Plan(
         workers=workers,
         global_batch=train.global_batch,
         local_batch=local,
         micro_batch=micro,
         accumulation=max(1, local // micro),
-        virtual_batch=train.global_batch if gathers or virtual == "global" else virtual,
+        loss_kind=config.loss.kind,
+        virtual_batch=_virtual_batch(config),
         train_rows=facts.train_rows,
         val_rows=min(facts.val_rows, config.evaluate.max_rows),
         samples=steps * train.global_batch,
@@ -196,11 +239,38 @@ def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
         zero_stage=config.engine.zero_stage,
         precision=config.engine.precision,
         state_bytes=_state_bytes(config, facts.num_parameters),
-        loss_bytes_per_step=4 * unit if gathers else 0,
-        all_gather_bytes_per_step=4 * unit,
+        loss_bytes_per_step=loss_bytes(config.loss.kind, workers, local, facts.embed_dim)
+        + config.loss.exchange * local * 8 * (facts.embed_dim + 1),
+        all_gather_bytes_per_step=loss_bytes("infonce_gathered", workers, local, facts.embed_dim),
         checkpoint_bytes=_weight_bytes(config) * facts.num_parameters + 12 * facts.num_parameters,
     )
     return plan, problems
+
+
+def _virtual_batch(config: Config) -> int:
+    """Of a loss that contrasts local pairs alone: the micro batch."""
+    kind, virtual = config.loss.kind, config.loss.virtual_batch
+    if kind in WHOLE_BATCH or (kind == "gamma" and virtual == "global"):
+        return config.train.global_batch
+    return _batches(config)[1] if virtual == "global" else virtual
+
+
+def loss_bytes(kind: LossKind, workers: int, local: int, embed_dim: int) -> int:
+    """Bytes a worker receives for one loss of `local` pairs and its backward; fp32 features.
+
+    `unit` is what it receives when the embeddings of one side are gathered or scattered.
+    """
+    others = (workers - 1) * local
+    unit = 4 * others * embed_dim
+    return {
+        "gamma": 0,
+        "infonce_local": 0,
+        "infonce_gathered": 4 * unit,  # both sides forward, their gradients backward
+        "sigmoid_local": 0,
+        "sigmoid_ring": 2 * unit,  # texts and their gradients
+        "fastclip_v1": 2 * unit + 16 * others,  # both sides; two fp32 u, an int64 key
+        "fastclip_v3": 2 * unit + 16 * others,
+    }[kind]
 
 
 def _weight_bytes(config: Config) -> int:

@@ -126,12 +126,25 @@ class ModelConfig(Section):
     )
 
 
+LossKind = Literal[
+    "gamma",
+    "infonce_local",
+    "infonce_gathered",
+    "sigmoid_local",
+    "sigmoid_ring",
+    "fastclip_v1",
+    "fastclip_v3",
+]
+
+
 class LossConfig(Section):
     """The contrastive loss; LOSS names as in pipeline/losses."""
 
-    kind: Literal["gamma", "infonce_gathered"] = Field(
+    kind: LossKind = Field(
         default="gamma",
-        description="gamma gathers nothing; infonce_gathered gathers all embeddings.",
+        description="gamma, or a comparator: InfoNCE or SigLIP's sigmoid loss on local pairs or "
+        "on the global batch (gathered; text blocks in a ring); FastCLIP with a constant (v1) or "
+        "learned (v3) temperature. virtual_batch, prior, u and scale_rule are gamma's.",
     )
     prior: Literal["none", "amortized", "queue", "history"] = Field(
         default="amortized",
@@ -149,6 +162,11 @@ class LossConfig(Section):
         default="global",
         description="Batch size whose InfoNCE the loss targets; global: train.global_batch.",
     )
+    exchange: NonNegativeInt = Field(
+        default=0,
+        description="Other workers whose pairs a worker also contrasts with in each step, in turn; "
+        "bytes moved do not depend on the number of workers. 0: no feature leaves its worker.",
+    )
     max_weight: PositiveFloat = Field(
         default=10.0,
         description="Cap on the summed weight of an anchor's negatives (1 on average).",
@@ -160,8 +178,13 @@ class LossConfig(Section):
     )
     rho: Annotated[float, Field(ge=0)] = Field(
         default=6.5,
-        description="For scale_rule rho: divergence, in nats, of an anchor's weights on negatives "
-        "from equal ones. Must stay below the log of the negatives.",
+        description="For scale_rule rho and fastclip_v3: divergence, in nats, of an anchor's "
+        "weights on negatives from equal ones. Must stay below the log of the negatives.",
+    )
+    fastclip_gamma: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.8,
+        description="For fastclip: weight of the batch in a row's moving average of normalisers "
+        "(1: no memory).",
     )
 
 

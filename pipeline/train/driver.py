@@ -5,6 +5,7 @@ the head node of a cluster.
 """
 
 import contextlib
+import getpass
 import importlib.metadata
 import json
 import logging
@@ -230,6 +231,11 @@ def _tags(prepared: Prepared, folder: RunFolder) -> dict[str, str]:
         "gammaray.workers": str(config.cluster.workers),
         "gammaray.data_digest": prepared.catalog.digest,
         "gammaray.version": importlib.metadata.version("gammaray"),
+        "mlflow.note.content": "\n\n".join(
+            [f"{prepared.catalog.describe()}.", *prepared.plan.sentences()]
+        ),
+        "mlflow.source.name": "gammaray train",
+        "mlflow.user": getpass.getuser(),
     }
     commit = _commit()
     return {**tags, "mlflow.source.git.commit": commit} if commit else tags

@@ -1,4 +1,4 @@
-"""What one engine runs: the towers and the prior in one module with one forward, and the loss."""
+"""What one engine runs: all that is trained in one module with one forward, and the loss."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,27 @@ from torch import Tensor, nn
 from pipeline.config.plan import Plan
 from pipeline.config.schema import Config, LossConfig
 from pipeline.data.text import Tokenizer
+from pipeline.engine.partners import PartnerExchange
 from pipeline.losses.base import Loss
-from pipeline.losses.contrastive import InfoNCEGathered
+from pipeline.losses.contrastive import (
+    FastCLIP,
+    InfoNCEGathered,
+    InfoNCELocal,
+    SigmoidLocal,
+    SigmoidRing,
+)
 from pipeline.losses.gamma import GammaLoss
 from pipeline.losses.priors import AmortizedPrior, HistoryPrior, Prior, QueuePrior
 from pipeline.models.two_tower import TwoTower, build_two_tower
+
+LOGIT_BIAS_INIT = -10.0  # SigLIP's: at the start nearly every pair counts as no match
+
+STATELESS = {
+    "infonce_local": InfoNCELocal,
+    "infonce_gathered": InfoNCEGathered,
+    "sigmoid_local": SigmoidLocal,
+    "sigmoid_ring": SigmoidRing,
+}
 
 
 class Outputs(NamedTuple):
@@ -24,15 +40,18 @@ class Outputs(NamedTuple):
     logit_scale: Float[Tensor, ""]
     image_log_z: Float[Tensor, " local"] | None
     text_log_z: Float[Tensor, " local"] | None
+    logit_bias: Float[Tensor, ""] | None
 
 
 class Pretraining(nn.Module):
-    """Towers and prior; the prior sees detached embeddings and trains by its own deviance."""
+    """Towers, and what only some losses train: a prior (by its own deviance), a logit bias."""
 
-    def __init__(self, towers: TwoTower, prior: AmortizedPrior | None):
+    def __init__(self, towers: TwoTower, prior: AmortizedPrior | None, *, has_logit_bias: bool):
         super().__init__()
         self.towers = towers
         self.prior = prior
+        # Shape [1], not a scalar: ZeRO partitions parameters along their elements.
+        self.logit_bias = nn.Parameter(torch.tensor([LOGIT_BIAS_INIT])) if has_logit_bias else None
 
     def forward(
         self,
@@ -44,7 +63,8 @@ class Pretraining(nn.Module):
         image_log_z = text_log_z = None
         if self.prior is not None and self.training and image is not None and text is not None:
             image_log_z, text_log_z = self.prior(image, text, logit_scale)
-        return Outputs(image, text, logit_scale, image_log_z, text_log_z)
+        logit_bias = None if self.logit_bias is None else self.logit_bias.float().squeeze(0)
+        return Outputs(image, text, logit_scale, image_log_z, text_log_z, logit_bias)
 
 
 def build_pretraining(config: Config, tokenizer: Tokenizer) -> Pretraining:
@@ -60,15 +80,24 @@ def build_pretraining(config: Config, tokenizer: Tokenizer) -> Pretraining:
         std=config.data.image_std,
     )
     return Pretraining(
-        towers, AmortizedPrior(towers.embed_dim) if _has_prior(config.loss) else None
+        towers,
+        AmortizedPrior(towers.embed_dim) if _has_prior(config.loss) else None,
+        has_logit_bias=config.loss.kind in ("sigmoid_local", "sigmoid_ring"),
     )
 
 
 def build_loss(config: Config, plan: Plan, *, embed_dim: int, rank: int, world_size: int) -> Loss:
     """Build one worker's loss of a run."""
     loss = config.loss
-    if loss.kind == "infonce_gathered":
-        return InfoNCEGathered()
+    if loss.kind in STATELESS:
+        return STATELESS[loss.kind]()
+    if loss.kind in ("fastclip_v1", "fastclip_v3"):
+        return FastCLIP(
+            plan.train_rows,
+            gamma=loss.fastclip_gamma,
+            learns_scale=loss.kind == "fastclip_v3",
+            rho=loss.rho,
+        )
     prior: Prior | None = None
     if loss.prior == "queue":
         prior = QueuePrior(loss.queue_size, embed_dim)
@@ -81,6 +110,7 @@ def build_loss(config: Config, plan: Plan, *, embed_dim: int, rank: int, world_s
         scale_rule=loss.scale_rule,
         rho=loss.rho,
         max_weight=loss.max_weight,
+        reach=PartnerExchange(loss.exchange) if loss.exchange else None,
     )
 
 

@@ -265,8 +265,13 @@ class _Trainer:
             point["train/epoch"] = progress.samples / self.job.plan.train_rows
             point["train/nonfinite_steps"] = progress.nonfinite_steps
             point["data/cut_caption_share"] = cut / max(rows, 1)
-            for reason, count in zip(REASONS, bad, strict=True):
-                point[f"data/bad_rows/{reason}"] = count
+            point["data/bad_rows/all"] = sum(bad)
+            # A reason that never occurs would be an empty chart.
+            point |= {
+                f"data/bad_rows/{reason}": count
+                for reason, count in zip(REASONS, bad, strict=True)
+                if count
+            }
             self._record(progress, point)
             self._post("step", step=progress.step, samples=progress.samples, metrics=point)
         self._check_bad_rows(rows, dict(zip(REASONS, bad, strict=True)))

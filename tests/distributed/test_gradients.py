@@ -4,22 +4,45 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
+from jobs.bench.ranks import run_ranks
+from pipeline.config.plan import Facts, make_plan
+from pipeline.config.schema import Config
 from pipeline.engine.zero import Engine
-from pipeline.losses.contrastive import InfoNCEGathered
-from pipeline.losses.gamma import GammaLoss
-from tests.distributed.gloo import run_ranks
+from pipeline.losses.base import Loss
+from pipeline.train.objective import build_loss
+from tests.dense_comparators import DenseFastCLIP, dense_infonce, dense_sigmoid
 from tests.tiny import tiny_config, tiny_module, tiny_pairs
 
 GLOBAL_BATCH = 8
 STAGES = (0, 1, 2, 3)
-KINDS = ("gamma", "gamma-prior", "gathered")
+RHO = 0.8
 Case = tuple[int, str, int]  # ZeRO stage, loss, micro batches per step
+LOSSES: dict[str, dict[str, Any]] = {
+    "gamma": {"prior": "none"},
+    "gamma-prior": {"prior": "amortized"},
+    "infonce_gathered": {},
+    "infonce_local": {},
+    "sigmoid_local": {},
+    "sigmoid_ring": {},
+    "fastclip_v1": {},
+    "fastclip_v3": {"rho": RHO},
+}
+FACTS = Facts(train_rows=GLOBAL_BATCH, val_rows=0, vocab_size=300, num_parameters=1, embed_dim=16)
+CASES: list[Case] = [(stage, kind, 1) for kind in list(LOSSES)[:3] for stage in STAGES]
+CASES += [(1, kind, 1) for kind in list(LOSSES)[3:]]
+CASES += [(stage, kind, 1) for kind in ("sigmoid_ring", "fastclip_v1") for stage in (0, 2, 3)]
 
 
-def _make_loss(kind: str) -> Any:
-    return InfoNCEGathered() if kind == "gathered" else GammaLoss(virtual_batch=GLOBAL_BATCH)
+def _config(kind: str, **engine: Any) -> Config:
+    loss = {"kind": kind.removesuffix("-prior"), **LOSSES[kind]}
+    return tiny_config(loss=loss, engine=engine, train={"global_batch": GLOBAL_BATCH})
+
+
+def _make_loss(kind: str) -> Loss:
+    config = _config(kind)
+    plan, _ = make_plan(config, FACTS)
+    return build_loss(config, plan, embed_dim=16, rank=0, world_size=1)
 
 
 def _gradients(cases: list[Case]) -> list[dict[str, torch.Tensor]]:
@@ -31,8 +54,7 @@ def _gradients_of(stage: int, kind: str, accumulation: int) -> dict[str, torch.T
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_grad
 
-    prior = "amortized" if kind == "gamma-prior" else "none"
-    config = tiny_config(loss={"prior": prior}, engine={"zero_stage": stage})
+    config = _config(kind, zero_stage=stage)
     rank, world = dist.get_rank(), dist.get_world_size()
     micro = GLOBAL_BATCH // world // accumulation
     engine = Engine(
@@ -47,7 +69,9 @@ def _gradients_of(stage: int, kind: str, accumulation: int) -> dict[str, torch.T
     images, tokens = tiny_pairs(GLOBAL_BATCH)
     for index in range(accumulation):
         start = (rank * accumulation + index) * micro
-        value = loss(*engine(images[start : start + micro], tokens[start : start + micro]))
+        rows = slice(start, start + micro)
+        keys = torch.arange(GLOBAL_BATCH)[rows]
+        value = loss(*engine(images[rows], tokens[rows]), keys=keys)
         engine.backward(value.loss)
         if index < accumulation - 1:
             engine.step(1.0)
@@ -60,19 +84,27 @@ def _gradients_of(stage: int, kind: str, accumulation: int) -> dict[str, torch.T
 
 def _reference(kind: str, shards: int) -> dict[str, torch.Tensor]:
     """The mean over shards of the loss, in one process without DeepSpeed."""
-    prior = "amortized" if kind == "gamma-prior" else "none"
-    module = tiny_module(tiny_config(loss={"prior": prior}))
+    module = tiny_module(_config(kind))
     images, tokens = tiny_pairs(GLOBAL_BATCH)
     outputs = [
         module(image, token)
         for image, token in zip(images.chunk(shards), tokens.chunk(shards), strict=True)
     ]
-    if kind == "gathered":
-        image = torch.cat([output.image for output in outputs])
-        text = torch.cat([output.text for output in outputs])
-        logits = outputs[0].logit_scale * image @ text.T
-        labels = torch.arange(GLOBAL_BATCH)
-        total = 0.5 * (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels))
+    image = torch.cat([output.image for output in outputs])
+    text = torch.cat([output.text for output in outputs])
+    scale, bias = outputs[0].logit_scale, outputs[0].logit_bias
+    if kind == "infonce_gathered":
+        total = dense_infonce(image, text, scale)
+    elif kind == "sigmoid_ring":
+        total = dense_sigmoid(image, text, scale, bias)
+    elif kind.startswith("fastclip"):
+        dense = DenseFastCLIP(gamma=0.8, learns_scale=kind == "fastclip_v3", rho=RHO)
+        total = dense(image, text, scale, torch.arange(GLOBAL_BATCH))
+    elif kind == "infonce_local":
+        total = torch.stack([dense_infonce(*output[:3]) for output in outputs]).mean()
+    elif kind == "sigmoid_local":
+        values = [dense_sigmoid(*output[:3], output.logit_bias) for output in outputs]
+        total = torch.stack(values).mean()
     else:
         # Each worker measures its prior's evidence for itself.
         losses = [_make_loss(kind) for _ in outputs]
@@ -90,10 +122,10 @@ def _reference(kind: str, shards: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_gradients_equal_a_single_process(world_size: int) -> None:
     """Every stage and loss in one set of processes: starting them is what takes time."""
-    cases = [(stage, kind, 1) for kind in KINDS for stage in STAGES]
-    references = {kind: _reference(kind, world_size) for kind in KINDS}
-    for results in run_ranks(_gradients, world_size, cases):
-        for (stage, kind, _), gradients in zip(cases, results, strict=True):
+    references = {kind: _reference(kind, world_size) for kind in LOSSES}
+    assert "logit_bias" in references["sigmoid_ring"]
+    for results in run_ranks(_gradients, world_size, CASES):
+        for (stage, kind, _), gradients in zip(CASES, results, strict=True):
             _assert_equal(gradients, references[kind], f"{kind} at ZeRO-{stage}")
 
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jobs.bench.ranks import run_ranks
 from pipeline.engine.partners import PartnerExchange, partner
 from pipeline.losses.gamma import Features, GammaLoss, LossValue
-from tests.distributed.gloo import run_ranks
 
 LOCAL, DIM, STEPS = 3, 8, 4
 

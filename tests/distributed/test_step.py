@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from jobs.bench.ranks import run_ranks
 from pipeline.data.stream import Batch
 from pipeline.engine.zero import Engine
 from pipeline.losses.base import LossValue
 from pipeline.losses.gamma import GammaLoss
 from pipeline.train.step import train_step
-from tests.distributed.gloo import run_ranks
 from tests.tiny import tiny_config, tiny_module, tiny_pairs
 
 Case = tuple[int, int, tuple[bool, ...]]  # ZeRO stage, micro batches, which are bad on rank 1

@@ -21,6 +21,7 @@ def test_defaults_are_those_the_readme_promises() -> None:
     config = tiny_config()
     assert (config.loss.kind, config.loss.prior, config.loss.u) == ("gamma", "amortized", "mean")
     assert config.loss.virtual_batch == "global"
+    assert (config.loss.rho, config.loss.fastclip_gamma) == (6.5, 0.8)
     assert (config.optim.lr, config.optim.betas, config.optim.eps) == (5e-4, (0.9, 0.98), 1e-6)
     assert (config.optim.weight_decay, config.optim.grad_clip) == (0.2, 1.0)
     assert config.optim.schedule == "cosine"

@@ -1,6 +1,9 @@
+from typing import Any, get_args
+
 import pytest
 
 from pipeline.config.plan import Facts, find_contradictions, make_plan
+from pipeline.config.schema import LossKind
 from tests.tiny import tiny_config
 
 FACTS = Facts(train_rows=1000, val_rows=100, vocab_size=300, num_parameters=10_000, embed_dim=16)
@@ -26,10 +29,35 @@ def test_batches_steps_and_traffic() -> None:
     assert plan.all_gather_bytes_per_step == 4 * 3 * 16 * 16 * 4
 
 
-def test_gathered_loss_moves_what_an_all_gather_moves() -> None:
-    config = tiny_config(loss={"kind": "infonce_gathered"}, cluster={"workers": 2})
+@pytest.mark.parametrize(
+    ("kind", "one_sides", "bytes_a_row", "contrasted"),
+    [
+        ("gamma", 0, 0, 16),
+        ("infonce_local", 0, 0, 4),
+        ("infonce_gathered", 4, 0, 16),
+        ("sigmoid_local", 0, 0, 4),
+        ("sigmoid_ring", 2, 0, 16),
+        ("fastclip_v1", 2, 16, 16),
+        ("fastclip_v3", 2, 16, 16),
+    ],
+)
+def test_what_each_loss_moves_and_contrasts(
+    kind: str, one_sides: int, bytes_a_row: int, contrasted: int
+) -> None:
+    """Received from 3 workers: features or gradients of one side, and what comes with a row."""
+    config = tiny_config(
+        loss={"kind": kind},
+        train={"global_batch": 16},
+        cluster={"workers": 4, "cpus_per_worker": 0.1},
+    )
+    assert not find_contradictions(config)
     plan, _ = make_plan(config, FACTS)
-    assert plan.loss_bytes_per_step == plan.all_gather_bytes_per_step > 0
+    assert plan.loss_bytes_per_step == 3 * 4 * (one_sides * 16 * 4 + bytes_a_row)
+    assert plan.all_gather_bytes_per_step == 4 * 3 * 4 * 16 * 4
+    assert (plan.loss_kind, plan.virtual_batch) == (kind, contrasted)
+    text = " ".join(plan.sentences())
+    assert ("targets a virtual batch of 16" in text) == (kind == "gamma")
+    assert (f"{kind} contrasts {contrasted} pairs at once" in text) == (kind != "gamma")
 
 
 @pytest.mark.parametrize(
@@ -71,8 +99,31 @@ def test_contradictions_are_all_found() -> None:
     ]
     assert _places(tiny_config(cluster={"workers": 3})) == ["train.global_batch"]
     assert _places(tiny_config(engine={"micro_batch": 1})) == ["engine.micro_batch"]
-    gathered = tiny_config(loss={"kind": "infonce_gathered"}, engine={"micro_batch": 4})
-    assert _places(gathered) == ["engine.micro_batch"]
+
+
+@pytest.mark.parametrize("kind", get_args(LossKind))
+def test_a_comparator_that_needs_the_whole_batch_refuses_to_accumulate(kind: str) -> None:
+    whole = {"infonce_gathered", "sigmoid_ring", "fastclip_v1", "fastclip_v3"}
+    problems = find_contradictions(tiny_config(loss={"kind": kind}, engine={"micro_batch": 4}))
+    assert [str(problem) for problem in problems] == (
+        [
+            f"engine.micro_batch: is 4, fewer than the local batch 8: {kind} would miss negatives "
+            "of the other micro batches; use auto, or loss.kind=gamma"
+        ]
+        if kind in whole
+        else []
+    )
+
+
+@pytest.mark.parametrize("kind", get_args(LossKind))
+def test_a_pair_alone_and_a_virtual_batch_without_gamma_are_refused(kind: str) -> None:
+    one_each = tiny_config(loss={"kind": kind}, cluster={"workers": 8, "cpus_per_worker": 0.1})
+    is_local = kind in ("gamma", "infonce_local", "sigmoid_local")
+    assert _places(one_each) == (["engine.micro_batch"] if is_local else [])
+    alone = tiny_config(loss={"kind": kind}, train={"global_batch": 1})
+    assert _places(alone) == ["engine.micro_batch" if is_local else "train.global_batch"]
+    virtual = tiny_config(loss={"kind": kind, "virtual_batch": 64})
+    assert _places(virtual) == ([] if kind == "gamma" else ["loss.virtual_batch"])
 
 
 def test_what_contradicts_the_data() -> None:
@@ -82,3 +133,28 @@ def test_what_contradicts_the_data() -> None:
     assert "more than the 1000 rows" in messages(train={"global_batch": 2000})
     assert "less than one global batch" in messages(train={"samples": 4})
     assert "more than the run's 64 samples" in messages(optim={"warmup_samples": 100})
+
+
+@pytest.mark.parametrize(
+    ("loss", "place"),
+    [
+        ({"exchange": 4}, "loss.exchange"),
+        ({"kind": "infonce_local", "exchange": 1}, "loss.exchange"),
+        ({"exchange": 1, "virtual_batch": 3}, "loss.virtual_batch"),
+        ({"exchange": 3}, None),
+    ],
+)
+def test_exchange_needs_other_workers(loss: dict[str, Any], place: str | None) -> None:
+    config = tiny_config(loss=loss, cluster={"workers": 4}, train={"global_batch": 8})
+    assert _places(config) == ([place] if place else [])
+
+
+def test_exchanged_bytes_do_not_depend_on_the_number_of_workers() -> None:
+    for workers in (2, 4, 8):
+        config = tiny_config(
+            loss={"exchange": 1},
+            cluster={"workers": workers},
+            train={"global_batch": 2 * workers, "samples": 64},
+        )
+        plan, _ = make_plan(config, FACTS)
+        assert plan.loss_bytes_per_step == 2 * 4 * (2 * 16 + 2)
