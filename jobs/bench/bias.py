@@ -55,7 +55,7 @@ from torch import Tensor
 
 from jobs.bench.report import arguments, conclude, show_table
 from pipeline.losses.gamma import GammaLoss
-from pipeline.losses.normalizer import Evidence
+from pipeline.losses.normalizer import CountedEvidence, Evidence
 from pipeline.losses.priors import AmortizedPrior, QueuePrior
 
 GOAL = 0.03  # largest distance of a final value from 1.0
@@ -217,21 +217,6 @@ def infonce(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 def infonce_gathered(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """The same over all workers' pairs: what gathering the features buys."""
     return infonce(image.reshape(1, -1, image.shape[2]), text.reshape(1, -1, text.shape[2]), scale)
-
-
-class CountedEvidence(Evidence):
-    """Takes a prior for exactly the K - n negatives that the batch lacks: g = n/K, not measured.
-
-    For a full queue of K - n fresh pairs this is the share of the batch in batch and queue: any n
-    of the K are as likely to be the batch, so the expected gradient is that of InfoNCE on K.
-    """
-
-    def update(
-        self, half_difference: Tensor, miss: Tensor, num_negatives: int, num_virtual: int
-    ) -> float:
-        """Give n/K."""
-        del half_difference, miss
-        return num_negatives / num_virtual
 
 
 class ShardedGamma:

@@ -1,7 +1,7 @@
 """What every contrastive loss takes, gives and keeps."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from jaxtyping import Float, Int
@@ -13,10 +13,14 @@ Gather = Callable[[Any], list[Any]]  # gives every worker's value, in rank order
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossValue:
-    """`loss` to run backward on; `metrics` are detached scalars to log (local to this worker)."""
+    """`loss` to run backward on; `metrics` are detached scalars to log (local to this worker).
+
+    `diagnose` gives further scalars, too costly for every step.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]
+    diagnose: Callable[[], dict[str, Tensor]] = field(default=dict)
 
 
 class Loss(Protocol):

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pipeline.losses.base import Gather, LossValue, State
+from pipeline.losses.carry import carry, wide
 
 LOG_EPS = math.log(1e-14)  # FastCLIP's eps, beside e^{margin} averaged over negatives
 
@@ -125,7 +126,7 @@ class SigmoidRing(_Stateless):
         self, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor | None
     ) -> Tensor:
         inputs = (image, text, logit_scale, _required(logit_bias))
-        x, block, scale, bias = (_wide(part) for part in inputs)
+        x, block, scale, bias = (wide(part) for part in inputs)
         total, (by_x, by_y, by_scale, by_bias) = _sigmoid_gradients(x, block, scale, bias, own=True)
         travelling: list[Tensor] = []
         for _ in range(_world_size() - 1):
@@ -138,7 +139,7 @@ class SigmoidRing(_Stateless):
             travelling = [sum(travelling, by_block)]
         if travelling:
             by_y = by_y + _pass_on(travelling)[0]
-        return _carry(total, inputs, (by_x, by_y, by_scale, by_bias)) / len(image)
+        return carry(total, inputs, (by_x, by_y, by_scale, by_bias)) / len(image)
 
 
 def _sigmoid_sum(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, *, own: bool) -> Tensor:
@@ -211,11 +212,11 @@ class FastCLIP:
         del image_log_z, text_log_z, logit_bias
         if keys is None:
             raise ValueError("FastCLIP needs keys; give the rows' identities")
-        x, y, scale = _wide(image), _wide(text), _wide(logit_scale)
+        x, y, scale = wide(image), wide(text), wide(logit_scale)
         with torch.no_grad():
             value, gradients, metrics = self._differentiate(x, y, scale, keys)
         metrics = {"loss": value, "logit_scale": scale, **metrics}
-        return LossValue(loss=_carry(value, (image, text, logit_scale), gradients), metrics=metrics)
+        return LossValue(loss=carry(value, (image, text, logit_scale), gradients), metrics=metrics)
 
     def _differentiate(
         self, x: Tensor, y: Tensor, scale: Tensor, keys: Tensor
@@ -287,18 +288,6 @@ class FastCLIP:
 def _add_eps(log_u: Tensor) -> Tensor:
     """Give log(eps + u)."""
     return torch.logaddexp(log_u, torch.full_like(log_u, LOG_EPS))
-
-
-def _wide(values: Tensor) -> Tensor:
-    """Detached, in fp32 at least: logits at scale 100 need it."""
-    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _carry(value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """Give `value` as a function of `inputs` with known gradients."""
-    for part, gradient in zip(inputs, gradients, strict=True):
-        value = value + ((part - part.detach()) * gradient).sum()
-    return value
 
 
 def gather_rows(rows: Float[Tensor, "local dim"]) -> Float[Tensor, "all dim"]:

@@ -11,11 +11,11 @@ LARGEST = 1e4
 
 
 def variance_ratio(
-    x: Float[Tensor, "b dim"],
-    y: Float[Tensor, "b dim"],
+    x: Float[Tensor, "*sides b dim"],
+    y: Float[Tensor, "*sides b dim"],
     scale: Float[Tensor, ""],
-    log_rate: Float[Tensor, " b"],
-) -> Float[Tensor, ""] | None:
+    log_rate: Float[Tensor, "*sides b"],
+) -> Float[Tensor, "*sides"] | None:
     """Give rho = s12 / (s1 + s2) of the repulsion's kernel H_ij = u_i e^{s_ij} d s_ij.
 
     s1 and s2 are the variances that anchors and negatives bring by themselves, s12 that of their
@@ -24,19 +24,19 @@ def variance_ratio(
     staying local. Two-way analysis of variance on a probe of the batch, with d s_ij taken by a
     shared bilinear map (x_i y_j^T). Derived for this project. None below 16 pairs.
     """
-    half = min(PROBE, len(x) // 2)
+    half = min(PROBE, x.shape[-2] // 2)
     if half < 8:
         return None
-    anchors, others = x[:half], y[half : 2 * half]
-    weights = (scale * (anchors @ others.T) - log_rate[:half, None]).exp()
+    anchors, others = x[..., :half, :], y[..., half : 2 * half, :]
+    weights = (scale * (anchors @ others.mT) - log_rate[..., :half, None]).exp()
     # Squared norms of means of H by Gram matrices: no dim x dim product.
-    by_others = weights @ (others @ others.T)
-    by_anchors = (anchors @ anchors.T) @ weights
-    of_anchors = (weights * by_others).sum() / half**2
-    of_others = (weights * by_anchors).sum() / half**2
-    mean = (by_anchors * by_others).sum() / half**4
+    by_others = weights @ (others @ others.mT)
+    by_anchors = (anchors @ anchors.mT) @ weights
+    of_anchors = (weights * by_others).sum((-2, -1)) / half**2
+    of_others = (weights * by_anchors).sum((-2, -1)) / half**2
+    mean = (by_anchors * by_others).sum((-2, -1)) / half**4
     free = half - 1
-    pairing = weights.square().sum() - half * (of_anchors + of_others) + half**2 * mean
+    pairing = weights.square().sum((-2, -1)) - half * (of_anchors + of_others) + half**2 * mean
     s12 = pairing / free**2
     s1 = ((of_anchors - half * mean) * half / free - s12) / half
     s2 = ((of_others - half * mean) * half / free - s12) / half

@@ -22,13 +22,15 @@ Must not know: how partners' blocks travel. Compute O(b^2 d), memory O(b * block
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from pipeline.losses.base import Gather, LossValue, State
+from pipeline.losses.carry import carry, wide
 from pipeline.losses.diagnostics import variance_ratio
 from pipeline.losses.normalizer import Evidence, prior_deviance
 from pipeline.losses.pairs import (
@@ -41,6 +43,7 @@ from pipeline.losses.pairs import (
 from pipeline.losses.priors import Observation, Prior
 
 PRIOR_GRADIENT_SCALE = 1e-3
+SIDES = ("image", "text")
 ScaleRule = Literal["plain", "self_normalised", "rho", "fixed"]
 
 
@@ -50,6 +53,11 @@ class Features:
 
     image: Tensor
     text: Tensor
+
+    @property
+    def stacked(self) -> Tensor:
+        """Images, then texts: [2, b, dim]."""
+        return torch.stack([self.image, self.text])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,22 +82,25 @@ class Reach(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A loss between its two halves: normalisers known, pairs not yet weighed."""
+    """A loss between its two halves: normalisers known, pairs not yet weighed.
+
+    `partners` [2, m, dim] are a partner's texts, then images: what image and text anchors meet.
+    """
 
     inputs: tuple[Tensor, Tensor, Tensor]
-    log_z: tuple[Tensor | None, Tensor | None]
     features: Features
-    local: LocalPairs
-    partners: Sequence[Features]
     scale: Tensor
-    rows: "_Direction"
-    columns: "_Direction"
+    local: LocalPairs
+    partners: Sequence[Tensor]
+    anchors: "_Anchors"
+    log_z: Tensor | None
     keys: Tensor | None
 
     @property
     def weights(self) -> Weights:
         """What a partner needs beside the features."""
-        return Weights(image=self.rows.log_weight, text=self.columns.log_weight)
+        image, text = self.anchors.log_weight
+        return Weights(image=image, text=text)
 
 
 @dataclass(kw_only=True)
@@ -140,12 +151,11 @@ class GammaLoss:
             return self.close(self.open(image, text, logit_scale, *predictions, keys), ())
         blocks = self.reach.meet(self.meetings, (image.detach(), text.detach()))
         self.meetings += 1
-        partners = [Features(image=_wide(x), text=_wide(y)) for x, y in blocks]
+        partners = [Features(image=wide(x), text=wide(y)) for x, y in blocks]
         opened = self.open(image, text, logit_scale, *predictions, keys, partners)
         theirs = self.reach.again((opened.weights.image, opened.weights.text))
         return self.close(opened, [Weights(image=u, text=v) for u, v in theirs])
 
-    @torch.no_grad()
     def open(
         self,
         image: Tensor,
@@ -160,86 +170,99 @@ class GammaLoss:
 
         `close` needs the partners' `weights` that come out of their first halves.
         """
-        features = Features(image=_wide(image), text=_wide(text))
-        x, y, scale = features.image, features.text, _wide(logit_scale)
-        local = LocalPairs(x, y, scale, self.block)
-        row_sums, column_sums = local.sums()
-        for partner in partners:
-            row_sums += foreign_sums(x, partner.text, scale, self.block)
-            column_sums += foreign_sums(y, partner.image, scale, self.block)
-        beliefs: tuple[Tensor | None, Tensor | None] = (image_log_z, text_log_z)
-        if self.prior is not None:
-            beliefs = self.prior.predict(features.image, features.text, scale, keys)
-        positive = scale * (x * y).sum(1)
-        rows = self._direct(positive, row_sums, beliefs[0], self.image_evidence)
-        columns = self._direct(positive, column_sums, beliefs[1], self.text_evidence)
+        log_z = None
+        if image_log_z is not None and text_log_z is not None:
+            log_z = torch.stack([image_log_z, text_log_z])
+        with torch.no_grad():
+            features = Features(image=wide(image), text=wide(text))
+            met = [torch.stack([partner.text, partner.image]) for partner in partners]
+            scale = wide(logit_scale)
+            belief = log_z
+            if self.prior is not None:
+                found = self.prior.predict(features.image, features.text, scale, keys)
+                if found[0] is not None and found[1] is not None:
+                    belief = torch.stack([found[0], found[1]])
+            # The batch's own noise is measured between two halves of the negatives.
+            parts = 1 if belief is None else 2
+            local = LocalPairs(features.image, features.text, scale, self.block)
+            sums = local.sums(parts)
+            for others in met:
+                sums += foreign_sums(features.stacked, others, scale, self.block, parts)
+            anchors = self._conclude(local.positive, sums, belief)
         return Opened(
             inputs=(image, text, logit_scale),
-            log_z=(image_log_z, text_log_z),
             features=features,
-            local=local,
-            partners=partners,
             scale=scale,
-            rows=rows,
-            columns=columns,
+            local=local,
+            partners=met,
+            anchors=anchors,
+            log_z=log_z,
             keys=keys,
         )
 
     def close(self, opened: Opened, partners: Sequence[Weights]) -> LossValue:
         """Second half: gradients of all pairs, and the loss that carries them."""
-        rows, columns = opened.rows, opened.columns
+        anchors = opened.anchors
         with torch.no_grad():
-            *gradients, diagnoses = self._gradients(opened, partners)
-            bound = 0.5 * (rows.bound + columns.bound).mean()
-        loss = _Carry.apply(bound, *gradients, *opened.inputs)
-        assert isinstance(loss, Tensor)
-        for direction, log_z in zip((rows, columns), opened.log_z, strict=True):
-            if log_z is not None and direction.num_negatives:
-                deviance = prior_deviance(log_z, direction.log_mean)
-                # Trains the prior, and is no part of the loss's value. Adam does not see its
-                # scale; clipping by the global norm does, and would shrink the towers' gradient.
-                loss = loss + PRIOR_GRADIENT_SCALE * (deviance - deviance.detach())
+            *gradients, tilt = self._gradients(opened, partners)
+            bound = anchors.bound.mean()
+            if self.prior is not None:
+                image, text = (
+                    Observation(log_z=log_z, tilt=tilts)
+                    for log_z, tilts in zip(anchors.log_negatives, tilt, strict=True)
+                )
+                self.prior.observe(
+                    opened.features.image, opened.features.text, opened.scale, opened.keys,
+                    (image, text),
+                )  # fmt: skip
+        loss = carry(bound, opened.inputs, gradients)
+        if opened.log_z is not None and anchors.num_negatives:
+            deviance = prior_deviance(opened.log_z, anchors.log_mean)
+            # Trains the prior, and is no part of the loss's value. Adam does not see its
+            # scale; clipping by the global norm does, and would shrink the towers' gradient.
+            loss = loss + PRIOR_GRADIENT_SCALE * (deviance - deviance.detach())
         metrics = {"loss": bound, "logit_scale": opened.inputs[2].detach().clone()}
-        for side, direction, more in zip(
-            ("image", "text"), (rows, columns), diagnoses, strict=True
-        ):
-            metrics |= {
-                f"{name}_{side}": value for name, value in (direction.metrics | more).items()
-            }
-        return LossValue(loss=loss, metrics=metrics)
+        diagnose = partial(_diagnose, anchors, tilt, opened.features, opened.scale)
+        return LossValue(loss=loss, metrics=metrics | anchors.metrics, diagnose=diagnose)
 
-    def _direct(
-        self, positive: Tensor, sums: Sums, log_z: Tensor | None, evidence: Evidence
-    ) -> "_Direction":
-        num_negatives = int(sums.count[:, 0].sum())
+    def _conclude(self, positive: Tensor, sums: Sums, log_z: Tensor | None) -> "_Anchors":
+        num_negatives = sums.total
         num_virtual = max(self.virtual_batch - 1, num_negatives, 1)
         log_mean = sums.log_mean
         negatives = log_mean
         metrics: dict[str, Tensor] = {}
         if log_z is not None:
             log_z = log_z.detach().to(log_mean.dtype)
-            weight = evidence.update(sums.half_difference, log_mean - log_z, num_negatives,
-                                     num_virtual)  # fmt: skip
-            negatives = torch.logaddexp(
-                log_mean + math.log(max(weight, 1e-30)), log_z + math.log(max(1 - weight, 1e-30))
+            miss = log_mean - log_z
+            noise = sums.half_difference.square().mean(1) / 4
+            measured = torch.stack([noise, miss.square().mean(1)], dim=1).tolist()
+            weight = log_mean.new_tensor(
+                [
+                    evidence.update(sampling, error, num_negatives, num_virtual)
+                    for evidence, (sampling, error) in zip(
+                        (self.image_evidence, self.text_evidence), measured, strict=True
+                    )
+                ]
             )
-            metrics["prior_batch_weight"] = log_mean.new_tensor(weight)
+            negatives = torch.logaddexp(
+                log_mean + weight.clamp(min=1e-30).log()[:, None],
+                log_z + (1 - weight).clamp(min=1e-30).log()[:, None],
+            )
+            metrics |= _by_side("prior_batch_weight", weight)
             if num_negatives:
-                metrics["prior_error"] = (log_z - log_mean).mean()
-                metrics["prior_rmse"] = (log_z - log_mean).square().mean().sqrt()
-        log_positive = positive - math.log(num_virtual)
-        log_rate = torch.logaddexp(log_positive, negatives)
-        # sum_j w_ij, before the cap; -inf without negatives
-        log_total = log_mean - log_rate
+                metrics |= _by_side("prior_error", -miss.mean(1))
+                metrics |= _by_side("prior_rmse", miss.square().mean(1).sqrt())
+        log_rate = torch.logaddexp(positive - math.log(num_virtual), negatives)
         log_u = -log_rate
         if math.isfinite(self.max_weight):
-            excess = (log_total - math.log(self.max_weight)).clamp(min=0)
+            # sum_j w_ij is e^{log_mean - log_rate}, before the cap; 0 without negatives
+            excess = (log_mean - log_rate - math.log(self.max_weight)).clamp(min=0)
             log_u = log_u - excess
-            metrics["weight_clip_rate"] = (excess > 0).float().mean()
+            metrics |= _by_side("weight_clip_rate", (excess > 0).to(excess.dtype).mean(1))
         if self.u == "sampled":
             # u_i = e_i / R_i with e_i ~ Exp(1) is a draw from Gamma(1, R_i).
             log_u = log_u + torch.empty_like(log_u).exponential_().log()
-        return _Direction(
+        return _Anchors(
             num_negatives=num_negatives,
             num_virtual=num_virtual,
             positive=positive,
@@ -252,65 +275,44 @@ class GammaLoss:
 
     def _gradients(
         self, opened: Opened, partners: Sequence[Weights]
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """The loss's gradient by image, text, and logit scale; diagnoses of both directions."""
-        x, y, scale = opened.features.image, opened.features.text, opened.scale
-        rows, columns = opened.rows, opened.columns
-        mine = opened.weights
-        weighed = opened.local.weigh(mine.image, mine.text)
-        grad_x, grad_y = weighed.x, weighed.y
-        row_cosines, column_cosines = weighed.row_cosines, weighed.column_cosines
-        for other, theirs in zip(opened.partners, partners, strict=True):
-            gradient, cosines = weigh_foreign(
-                x, other.text, scale, mine.image, theirs.text, self.block
-            )
-            grad_x, row_cosines = grad_x + gradient, row_cosines + cosines
-            gradient, cosines = weigh_foreign(
-                y, other.image, scale, mine.text, theirs.image, self.block
-            )
-            grad_y, column_cosines = grad_y + gradient, column_cosines + cosines
-        pull = rows.pull + columns.pull
-        grad_x, grad_y = grad_x - pull[:, None] * y, grad_y - pull[:, None] * x
-        factor = 1 / (2 * len(x))
-        by_scale = 0.5 * (
-            self._scale_gradient(rows, row_cosines, scale)
-            + self._scale_gradient(columns, column_cosines, scale)
-        )
-        if self.prior is not None:
-            self.prior.observe(
-                opened.features.image,
-                opened.features.text,
-                scale,
-                opened.keys,
-                (rows.observation(row_cosines), columns.observation(column_cosines)),
-            )
-        diagnoses = (
-            _diagnose(rows, row_cosines, x, y, scale),
-            _diagnose(columns, column_cosines, y, x, scale),
-        )
-        return grad_x * (scale * factor), grad_y * (scale * factor), by_scale, diagnoses
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loss's gradient by image, text and logit scale; the anchors' tilt [2, b]."""
+        scale, anchors = opened.scale, opened.anchors
+        log_weight, pull = anchors.log_weight, anchors.pull
+        by_image, by_text, cosines = opened.local.weigh(log_weight, pull.sum(0))
+        for others, theirs in zip(opened.partners, partners, strict=True):
+            more, more_cosines = weigh_foreign(
+                opened.features.stacked, others, scale,
+                log_weight, torch.stack([theirs.text, theirs.image]), self.block,
+            )  # fmt: skip
+            by_image += more[0]
+            by_text += more[1]
+            cosines += more_cosines
+        tilt = anchors.tilt(cosines)
+        by_scale = self._scale_gradient(anchors, cosines, pull, tilt, scale)
+        factor = scale / pull.numel()
+        return by_image.mul_(factor), by_text.mul_(factor), by_scale, tilt
 
-    def _scale_gradient(self, direction: "_Direction", cosines: Tensor, scale: Tensor) -> Tensor:
-        """The gradient of one direction's mean loss by the logit scale.
+    def _scale_gradient(
+        self, anchors: "_Anchors", cosines: Tensor, pull: Tensor, tilt: Tensor, scale: Tensor
+    ) -> Tensor:
+        """The gradient of the mean loss by the logit scale.
 
         plain: that of `loss_i`. self_normalised: the negatives' weights are scaled to sum to
         1 - p_i (what they sum to on average), which takes the noise of u out. rho: the dual
         problem's, (KL_i - rho) / scale with KL_i the divergence of the softmax over negatives from
         uniform (FastCLIP v3's objective divided by its temperature). fixed: zero.
         """
-        if self.scale_rule == "fixed" or not direction.num_negatives:
+        if self.scale_rule == "fixed" or not anchors.num_negatives:
             return cosines.new_zeros(())
-        tilt = direction.tilt(cosines)
         if self.scale_rule == "rho":
-            divergence = scale * tilt - direction.log_negatives
+            divergence = scale * tilt - anchors.log_negatives
             return (divergence - self.rho).mean() / scale
-        own = direction.positive / scale
+        own = anchors.positive / scale
         if self.scale_rule == "self_normalised":
-            share = (
-                direction.positive - math.log(direction.num_virtual) - direction.log_rate
-            ).exp()
+            share = (anchors.positive - math.log(anchors.num_virtual) - anchors.log_rate).exp()
             return ((1 - share) * (tilt - own)).mean()
-        return (cosines - direction.pull * own).mean()
+        return (cosines - pull * own).mean()
 
     def share(self, gather: Gather) -> None:
         """Let the prior tell the other workers what they will need."""
@@ -336,8 +338,8 @@ class GammaLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Direction:
-    """Normalisers of one direction; all tensors [b], detached.
+class _Anchors:
+    """Normalisers of image anchors and text anchors; all detached, [2, b] but `positive` [b].
 
     log_rate is log R; log_mean the log-mean-exp over negatives at hand, log_negatives the same
     mixed with the prior; log_u is log of the auxiliary variable.
@@ -355,7 +357,7 @@ class _Direction:
     @property
     def bound(self) -> Tensor:
         """-s_ii + log(K R_i) for each anchor."""
-        return -self.positive + self.log_rate + math.log(self.num_virtual)
+        return self.log_rate - self.positive + math.log(self.num_virtual)
 
     @property
     def log_weight(self) -> Tensor:
@@ -371,43 +373,20 @@ class _Direction:
         """Mean cosine of the negatives under their softmax: d log Z / d scale."""
         return cosines * (-(self.log_mean + self.log_u)).exp()
 
-    def observation(self, cosines: Tensor) -> Observation:
-        """What a prior may learn from."""
-        return Observation(log_z=self.log_negatives, tilt=self.tilt(cosines))
+
+def _by_side(name: str, values: Tensor) -> dict[str, Tensor]:
+    return {f"{name}_{side}": value for side, value in zip(SIDES, values, strict=True)}
 
 
+@torch.no_grad()
 def _diagnose(
-    direction: _Direction, cosines: Tensor, anchors: Tensor, others: Tensor, scale: Tensor
+    anchors: _Anchors, tilt: Tensor, features: Features, scale: Tensor
 ) -> dict[str, Tensor]:
-    if not direction.num_negatives:
+    if not anchors.num_negatives:
         return {}
-    divergence = scale * direction.tilt(cosines) - direction.log_mean
-    found = {"effective_negatives": direction.num_negatives * (-divergence).exp().mean()}
-    ratio = variance_ratio(anchors, others, scale, direction.log_rate)
-    return found if ratio is None else found | {"variance_ratio": ratio}
-
-
-class _Carry(torch.autograd.Function):
-    """A scalar with known gradients: they were computed by blocks, beside the value."""
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, value: Tensor, by_image: Tensor, by_text: Tensor, by_scale: Tensor,
-        image: Tensor, text: Tensor, logit_scale: Tensor,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(by_image, by_text, by_scale)
-        ctx.kinds = image.dtype, text.dtype, logit_scale.dtype
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        parts = [
-            (gradient * saved).to(kind)
-            for saved, kind in zip(ctx.saved_tensors, ctx.kinds, strict=True)
-        ]
-        return None, None, None, None, *parts
-
-
-def _wide(values: Tensor) -> Tensor:
-    """Detached, in fp32 at least: logits at scale 100 need it."""
-    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
+    divergence = scale * tilt - anchors.log_mean
+    effective = anchors.num_negatives * (-divergence).exp().mean(1)
+    both = features.stacked
+    ratio = variance_ratio(both, both.flip(0), scale, anchors.log_rate)
+    found = _by_side("effective_negatives", effective)
+    return found if ratio is None else found | _by_side("variance_ratio", ratio)

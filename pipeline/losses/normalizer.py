@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -48,29 +47,20 @@ class Evidence:
     miss: float = 0.0
     weight: float = 0.0  # total weight of the running averages: corrects their start from zero
 
-    def update(
-        self,
-        half_difference: Float[Tensor, " local"],
-        miss: Float[Tensor, " local"],
-        num_negatives: int,
-        num_virtual: int,
-    ) -> float:
+    def update(self, sampling: float, miss: float, num_negatives: int, num_virtual: int) -> float:
         """Take a batch into the averages and give g in [n/K, 1]; 0 when there are no negatives.
 
-        `half_difference` is between the log-mean-exps of the two halves of the negatives, `miss`
-        the batch's log-mean-exp less the prediction.
+        `sampling` is the batch's own estimate of v, `miss` its mean square of (log-mean-exp less
+        prediction).
         """
         if not num_negatives:
             return 0.0
         floor = num_negatives / num_virtual
         if num_negatives < 3:
             return max(0.5, floor)  # no two halves to measure with: trust both alike
-        sampling, error = torch.stack(
-            [half_difference.square().mean() / 4, miss.square().mean()]
-        ).tolist()
-        if math.isfinite(sampling + error):
+        if math.isfinite(sampling + miss):
             self.sampling = self.decay * self.sampling + (1 - self.decay) * sampling
-            self.miss = self.decay * self.miss + (1 - self.decay) * error
+            self.miss = self.decay * self.miss + (1 - self.decay) * miss
             self.weight = self.decay * self.weight + (1 - self.decay)
         if not self.weight:
             return 1.0
@@ -88,3 +78,16 @@ class Evidence:
         chosen = [states[rank]] if len(states) == world_size else states
         for name in ("sampling", "miss", "weight"):
             setattr(self, name, sum(state[name] for state in chosen) / len(chosen))
+
+
+class CountedEvidence(Evidence):
+    """Takes a prior for exactly the K - n negatives that the batch lacks: g = n/K, not measured.
+
+    For a full queue of K - n fresh pairs this is the share of the batch in batch and queue: any n
+    of the K are as likely to be the batch, so the expected gradient is that of InfoNCE on K.
+    """
+
+    def update(self, sampling: float, miss: float, num_negatives: int, num_virtual: int) -> float:
+        """Give n/K."""
+        del sampling, miss
+        return num_negatives / num_virtual

@@ -1,7 +1,7 @@
 """One optimiser step: micro batches in, one update out."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,13 @@ from pipeline.losses.base import Loss
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """Of one step on this worker: metrics (detached scalars), what it used, how long it waited."""
+    """Of one step on this worker: metrics (detached scalars), what it used, how long it waited.
+
+    `diagnose` gives the costlier metrics of the step's last micro batch.
+    """
 
     metrics: dict[str, Tensor]
+    diagnose: Callable[[], dict[str, Tensor]]
     batches: list[Batch]
     grad_norm: float
     is_finite: bool
@@ -33,6 +37,7 @@ def train_step(
     """
     used: list[Batch] = []
     metrics: list[dict[str, Tensor]] = []
+    diagnose: Callable[[], dict[str, Tensor]] = dict
     waited, grad_norm, is_finite = 0.0, None, True
     for _ in range(accumulation):
         started = time.perf_counter()
@@ -49,12 +54,14 @@ def train_step(
             _backward_nothing(engine, images, tokens)
         else:
             metrics.append(value.metrics)
+            diagnose = value.diagnose
             engine.backward(value.loss)
         grad_norm = engine.step(lr_factor)
     if grad_norm is None:
         grad_norm = float("nan")
     return StepResult(
         metrics=_mean(metrics),
+        diagnose=diagnose,
         batches=used,
         grad_norm=grad_norm,
         is_finite=is_finite and grad_norm == grad_norm and grad_norm != float("inf"),

@@ -5,7 +5,7 @@ Enters: a `Job`, the same for all ranks. Leaves: checkpoints, metrics, events on
 
 import importlib.metadata
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,7 @@ class _Trainer:
         )
         self.meter = Meter()
         self.window: list[dict[str, Tensor]] = []
+        self.diagnose: Callable[[], dict[str, Tensor]] = dict
         self.learning_rate = 0.0
         self.new_bad: list[BadRow] = []
         self.metrics: MetricLog | None = None
@@ -238,12 +239,13 @@ class _Trainer:
                 self.state.cursor.add(epoch, as_intervals(positions))
         self.meter.add(plan.global_batch, result.waited)
         self.window.append({**result.metrics, "grad_norm": torch.tensor(result.grad_norm)})
+        self.diagnose = result.diagnose
         self.learning_rate = config.optim.lr * factor
         return StepReport(samples=plan.global_batch, is_finite=result.is_finite)
 
     def _log(self, progress: Progress) -> None:
         rates = self.meter.window()
-        mine = _window_means(self.window)
+        mine = _window_means([*self.window, self.diagnose()])
         self.window = []
         names = sorted(mine)
         tally = self.state.tally

@@ -12,7 +12,6 @@ from torch import Tensor
 from jobs.bench.bias import (
     CONVENTIONAL,
     OURS,
-    CountedEvidence,
     Run,
     Setting,
     draw_pairs,
@@ -21,7 +20,7 @@ from jobs.bench.bias import (
     train,
 )
 from pipeline.losses.gamma import GammaLoss, Opened
-from pipeline.losses.normalizer import Evidence
+from pipeline.losses.normalizer import CountedEvidence, Evidence
 from pipeline.losses.priors import HistoryPrior, QueuePrior
 
 NO_POSITIVE = 10**9  # K so large that e^{s_ii}/K is nothing
@@ -153,7 +152,7 @@ def test_queue_with_another_weight_is_biased() -> None:
 
 
 def test_counted_evidence_is_the_batchs_share() -> None:
-    assert CountedEvidence().update(torch.zeros(4), torch.ones(4), 3, 1031) == 3 / 1031
+    assert CountedEvidence().update(0.0, 1.0, 3, 1031) == 3 / 1031
 
 
 def _clustered(rows: int, generator: torch.Generator) -> Tensor:

@@ -47,11 +47,11 @@ def test_variance_of_sharded_and_whole_batches_follows_the_formula(scale: float)
 def test_effective_negatives_are_all_when_equal_and_one_when_one_dominates() -> None:
     image = _unit(9, 32).float()
     text = F.normalize(torch.ones(9, 32), dim=1)
-    metrics = GammaLoss(virtual_batch=9)(image, text, torch.tensor(30.0)).metrics
+    metrics = GammaLoss(virtual_batch=9)(image, text, torch.tensor(30.0)).diagnose()
     assert metrics["effective_negatives_image"].item() == pytest.approx(8, rel=1e-4)
     basis = torch.eye(9)
     shifted = basis.roll(1, 0)  # text i + 1 lies on image i, no text on its own
-    metrics = GammaLoss(virtual_batch=9)(basis, shifted, torch.tensor(100.0)).metrics
+    metrics = GammaLoss(virtual_batch=9)(basis, shifted, torch.tensor(100.0)).diagnose()
     assert metrics["effective_negatives_image"].item() == pytest.approx(1, rel=1e-3)
 
 

@@ -268,8 +268,8 @@ def test_exact_normaliser_is_unbiased_over_shards() -> None:
     """
     total, b, num_virtual = 12, 4, 11
     image, text, scale = _unit(total, 3, 0), _unit(total, 3, 1), _scale(6.0)
-    sums = LocalPairs(image.detach(), text.detach(), scale.detach(), 5).sums()
-    log_z = (sums[0].log_mean, sums[1].log_mean)
+    pairs = LocalPairs(image.detach(), text.detach(), scale.detach(), 5)
+    log_z = pairs.sums(1).log_mean
     full = _literal(image, text, scale, log_z[0], log_z[1], 1e12, num_virtual)
     (expected,) = _grads(full, image)
     generator = torch.Generator().manual_seed(0)
@@ -302,16 +302,19 @@ def test_evidence_trusts_a_good_prior_and_drops_a_bad_one() -> None:
     torch.manual_seed(0)
     good, bad = Evidence(), Evidence()
     for _ in range(200):
-        sums = Sums(log_sum=torch.randn(2, 16, 8).logsumexp(2), count=torch.full((2, 16), 8.0))
+        sums = Sums(
+            log_sum=torch.randn(2, 2, 16, 8).logsumexp(3), count=torch.full((2, 16), 8.0), total=16
+        )
+        noise = float(sums.half_difference.square().mean()) / 4
         miss = sums.log_mean - 0.5  # log E e^s of N(0, 1)
-        good_weight = good.update(sums.half_difference, miss, 16, 1000)
-        bad_weight = bad.update(sums.half_difference, miss - 8, 16, 1000)
+        good_weight = good.update(noise, float(miss.square().mean()), 16, 1000)
+        bad_weight = bad.update(noise, float((miss - 8).square().mean()), 16, 1000)
     assert good_weight < 0.4
     assert bad_weight > 0.95
 
 
 def test_evidence_never_falls_below_the_share_of_real_negatives() -> None:
-    weight = Evidence().update(torch.zeros(9), torch.zeros(9), 8, 16)
+    weight = Evidence().update(0.0, 0.0, 8, 16)
     assert weight >= 8 / 16
 
 
