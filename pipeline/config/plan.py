@@ -171,6 +171,26 @@ def _loss_contradictions(config: Config, local: int, micro: int) -> list[Problem
                 "micro batch and partners'), which are all used: raise it, or use global",
             )
         )
+    if config.loss.evidence == "counted" and config.loss.prior == "none":
+        problems.append(
+            Problem(
+                place="loss.evidence",
+                message="is counted, but there is no prior whose worth it could be: choose "
+                "loss.prior, or leave it at measured",
+            )
+        )
+    if kind == "fastclip_v3" or (kind == "gamma" and config.loss.scale_rule == "rho"):
+        negatives = (at_hand if kind == "gamma" else config.train.global_batch) - 1
+        largest = math.log(negatives) if negatives else math.inf
+        if config.loss.rho >= largest:
+            problems.append(
+                Problem(
+                    place="loss.rho",
+                    message=f"is {config.loss.rho:g}; weights on {negatives} negatives diverge by "
+                    f"less than ln {negatives} = {largest:.2f} nats from equal ones, so the logit "
+                    f"scale would only grow: lower it, e.g. to {largest / 2:.1f}",
+                )
+            )
     workers, exchange = config.cluster.workers, config.loss.exchange
     if exchange and (kind != "gamma" or exchange >= workers):
         problems.append(

@@ -147,9 +147,14 @@ class LossConfig(Section):
         "learned (v3) temperature. virtual_batch, prior, u and scale_rule are gamma's.",
     )
     prior: Literal["none", "amortized", "queue", "history"] = Field(
-        default="amortized",
+        default="none",
         description="Belief about each anchor's normaliser beside the local batch: a network's "
         "prediction, this worker's last embeddings, or what the row's last visit said.",
+    )
+    evidence: Literal["measured", "counted"] = Field(
+        default="measured",
+        description="What the prior is worth beside the batch: as much as its errors so far allow, "
+        "or exactly the negatives of virtual_batch that the batch lacks.",
     )
     queue_size: PositiveInt = Field(
         default=4096, description="Pairs kept by prior queue, on each worker."

@@ -7,7 +7,7 @@ received per worker: k * (2 b d embeddings + 2 b fp32 weights), whatever the num
 Enters: this worker's embeddings and weights. Leaves: the partners'. Must not know: the loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -36,8 +36,8 @@ class PartnerExchange:
         self._partners = partners
         self._peers: list[int] = []
 
-    def meet(self, meeting: int, mine: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Start meeting number `meeting`: send `mine`, give each partner's tensors of that shape.
+    def meet(self, meeting: int, mine: Sequence[Tensor]) -> Callable[[], list[list[Tensor]]]:
+        """Start meeting number `meeting`: send `mine`. Waits, and gives each partner's, if called.
 
         Shapes and dtypes must be the same on all workers.
         """
@@ -47,8 +47,8 @@ class PartnerExchange:
         self._peers = [peer for peer in found if peer is not None]
         return self.again(mine)
 
-    def again(self, mine: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Send `mine` to the same partners once more, and give theirs."""
+    def again(self, mine: Sequence[Tensor]) -> Callable[[], list[list[Tensor]]]:
+        """Send `mine` to the same partners once more; as `meet`."""
         sent = [tensor.contiguous() for tensor in mine]
         received = [[torch.empty_like(tensor) for tensor in sent] for _ in self._peers]
         operations = [
@@ -60,7 +60,11 @@ class PartnerExchange:
                 dist.P2POp(dist.irecv, buffer, peer),
             )
         ]
-        if operations:
-            for work in dist.batch_isend_irecv(operations):
+        works = dist.batch_isend_irecv(operations) if operations else []
+
+        def arrive() -> list[list[Tensor]]:
+            for work in works:
                 work.wait()
-        return received
+            return received
+
+        return arrive

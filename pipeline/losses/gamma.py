@@ -20,7 +20,7 @@ Must not know: how partners' blocks travel. Compute O(b^2 d), memory O(b * block
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, Protocol
@@ -69,14 +69,20 @@ class Weights:
 
 
 class Reach(Protocol):
-    """Brings tensors of this step's partners; both sides must meet each other."""
+    """Brings tensors of this step's partners; both sides must meet each other.
 
-    def meet(self, meeting: int, mine: Sequence[Tensor]) -> Sequence[Sequence[Tensor]]:
-        """Send mine to the partners of a meeting, give theirs."""
+    What is sent travels while the worker weighs its own pairs: to call what comes back waits for
+    the partners' tensors.
+    """
+
+    def meet(
+        self, meeting: int, mine: Sequence[Tensor]
+    ) -> Callable[[], Sequence[Sequence[Tensor]]]:
+        """Send mine to the partners of a meeting."""
         ...
 
-    def again(self, mine: Sequence[Tensor]) -> Sequence[Sequence[Tensor]]:
-        """Send mine to the same partners, give theirs in the same order."""
+    def again(self, mine: Sequence[Tensor]) -> Callable[[], Sequence[Sequence[Tensor]]]:
+        """Send mine to the same partners, in the same order."""
         ...
 
 
@@ -148,13 +154,15 @@ class GammaLoss:
         del logit_bias
         predictions = image_log_z, text_log_z
         if self.reach is None:
-            return self.close(self.open(image, text, logit_scale, *predictions, keys), ())
+            return self.close(self.open(image, text, logit_scale, *predictions, keys))
         blocks = self.reach.meet(self.meetings, (image.detach(), text.detach()))
         self.meetings += 1
-        partners = [Features(image=wide(x), text=wide(y)) for x, y in blocks]
-        opened = self.open(image, text, logit_scale, *predictions, keys, partners)
+        opened = self.open(
+            image, text, logit_scale, *predictions, keys,
+            lambda: [Features(image=wide(x), text=wide(y)) for x, y in blocks()],
+        )  # fmt: skip
         theirs = self.reach.again((opened.weights.image, opened.weights.text))
-        return self.close(opened, [Weights(image=u, text=v) for u, v in theirs])
+        return self.close(opened, lambda: [Weights(image=u, text=v) for u, v in theirs()])
 
     def open(
         self,
@@ -164,18 +172,18 @@ class GammaLoss:
         image_log_z: Tensor | None = None,
         text_log_z: Tensor | None = None,
         keys: Tensor | None = None,
-        partners: Sequence[Features] = (),
+        partners: Callable[[], Sequence[Features]] = tuple,
     ) -> Opened:
         """First half: normalisers from local pairs and partners' features.
 
-        `close` needs the partners' `weights` that come out of their first halves.
+        `partners` is called once the local pairs are summed. `close` needs the partners' `weights`
+        that come out of their first halves.
         """
         log_z = None
         if image_log_z is not None and text_log_z is not None:
             log_z = torch.stack([image_log_z, text_log_z])
         with torch.no_grad():
             features = Features(image=wide(image), text=wide(text))
-            met = [torch.stack([partner.text, partner.image]) for partner in partners]
             scale = wide(logit_scale)
             belief = log_z
             if self.prior is not None:
@@ -186,6 +194,7 @@ class GammaLoss:
             parts = 1 if belief is None else 2
             local = LocalPairs(features.image, features.text, scale, self.block)
             sums = local.sums(parts)
+            met = [torch.stack([partner.text, partner.image]) for partner in partners()]
             for others in met:
                 sums += foreign_sums(features.stacked, others, scale, self.block, parts)
             anchors = self._conclude(local.positive, sums, belief)
@@ -200,7 +209,7 @@ class GammaLoss:
             keys=keys,
         )
 
-    def close(self, opened: Opened, partners: Sequence[Weights]) -> LossValue:
+    def close(self, opened: Opened, partners: Callable[[], Sequence[Weights]] = tuple) -> LossValue:
         """Second half: gradients of all pairs, and the loss that carries them."""
         anchors = opened.anchors
         with torch.no_grad():
@@ -274,13 +283,13 @@ class GammaLoss:
         )
 
     def _gradients(
-        self, opened: Opened, partners: Sequence[Weights]
+        self, opened: Opened, partners: Callable[[], Sequence[Weights]]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The loss's gradient by image, text and logit scale; the anchors' tilt [2, b]."""
         scale, anchors = opened.scale, opened.anchors
         log_weight, pull = anchors.log_weight, anchors.pull
         by_image, by_text, cosines = opened.local.weigh(log_weight, pull.sum(0))
-        for others, theirs in zip(opened.partners, partners, strict=True):
+        for others, theirs in zip(opened.partners, partners(), strict=True):
             more, more_cosines = weigh_foreign(
                 opened.features.stacked, others, scale,
                 log_weight, torch.stack([theirs.text, theirs.image]), self.block,

@@ -19,6 +19,7 @@ from pipeline.losses.contrastive import (
     SigmoidRing,
 )
 from pipeline.losses.gamma import GammaLoss
+from pipeline.losses.normalizer import CountedEvidence, Evidence
 from pipeline.losses.priors import AmortizedPrior, HistoryPrior, Prior, QueuePrior
 from pipeline.models.two_tower import TwoTower, build_two_tower
 
@@ -103,6 +104,7 @@ def build_loss(config: Config, plan: Plan, *, embed_dim: int, rank: int, world_s
         prior = QueuePrior(loss.queue_size, embed_dim)
     elif loss.prior == "history":
         prior = HistoryPrior(plan.train_rows, rank=rank, world_size=world_size)
+    evidence = CountedEvidence if loss.evidence == "counted" else Evidence
     return GammaLoss(
         virtual_batch=plan.virtual_batch,
         u=loss.u,
@@ -111,6 +113,8 @@ def build_loss(config: Config, plan: Plan, *, embed_dim: int, rank: int, world_s
         rho=loss.rho,
         max_weight=loss.max_weight,
         reach=PartnerExchange(loss.exchange) if loss.exchange else None,
+        image_evidence=evidence(),
+        text_evidence=evidence(),
     )
 
 

@@ -62,7 +62,7 @@ def _steps(cases: list[Case]) -> list[tuple[Record, Record]]:
 
 def _one_step(stage: int, kind: str, local_batch: int) -> tuple[Record, Record]:
     """What the loss alone calls, and what a whole step calls."""
-    config = tiny_config(engine={"zero_stage": stage})
+    config = tiny_config(engine={"zero_stage": stage}, loss={"prior": "amortized"})
     engine = Engine(
         tiny_module(config),
         engine=config.engine,
@@ -128,7 +128,7 @@ def _bytes_of_losses() -> dict[str, tuple[int, set[str]]]:
     found = {}
     for kind in get_args(LossKind):
         config = tiny_config(
-            loss={"kind": kind},
+            loss={"kind": kind, "rho": 0.5},
             train={"global_batch": LOCAL * world_size},
             cluster={"workers": world_size},
         )

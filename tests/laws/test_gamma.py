@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from typing import get_args
+from functools import partial
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -142,6 +143,10 @@ def test_bf16_embeddings_have_fp32_logits() -> None:
         torch.testing.assert_close(mine, expected.bfloat16())
 
 
+def _others(everyone: list[Any], rank: int) -> list[Any]:
+    return everyone[:rank] + everyone[rank + 1 :]
+
+
 def _in_shards(
     loss: Callable[[], GammaLoss], image: Tensor, text: Tensor, scale: Tensor, shards: int
 ) -> Tensor:
@@ -150,12 +155,12 @@ def _in_shards(
     parts = list(zip(image.chunk(shards), text.chunk(shards), strict=True))
     features = [Features(image=x.detach(), text=y.detach()) for x, y in parts]
     opened = [
-        gamma.open(x, y, scale, partners=features[:rank] + features[rank + 1 :])
+        gamma.open(x, y, scale, partners=partial(_others, features, rank))
         for rank, (gamma, (x, y)) in enumerate(zip(losses, parts, strict=True))
     ]
     weights = [half.weights for half in opened]
     values = [
-        gamma.close(half, weights[:rank] + weights[rank + 1 :]).loss
+        gamma.close(half, partial(_others, weights, rank)).loss
         for rank, (gamma, half) in enumerate(zip(losses, opened, strict=True))
     ]
     return torch.stack(values).mean()

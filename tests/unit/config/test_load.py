@@ -19,7 +19,7 @@ def _write(folder: Path, values: dict) -> Path:
 def test_defaults_are_those_the_readme_promises() -> None:
     """A changed default changes every run that does not name it: it must be on purpose."""
     config = tiny_config()
-    assert (config.loss.kind, config.loss.prior, config.loss.u) == ("gamma", "amortized", "mean")
+    assert (config.loss.kind, config.loss.prior, config.loss.u) == ("gamma", "none", "mean")
     assert config.loss.virtual_batch == "global"
     assert (config.loss.rho, config.loss.fastclip_gamma) == (6.5, 0.8)
     assert (config.optim.lr, config.optim.betas, config.optim.eps) == (5e-4, (0.9, 0.98), 1e-6)

@@ -46,7 +46,7 @@ def test_what_each_loss_moves_and_contrasts(
 ) -> None:
     """Received from 3 workers: features or gradients of one side, and what comes with a row."""
     config = tiny_config(
-        loss={"kind": kind},
+        loss={"kind": kind, "rho": 1.0},
         train={"global_batch": 16},
         cluster={"workers": 4, "cpus_per_worker": 0.1},
     )
@@ -104,7 +104,9 @@ def test_contradictions_are_all_found() -> None:
 @pytest.mark.parametrize("kind", get_args(LossKind))
 def test_a_comparator_that_needs_the_whole_batch_refuses_to_accumulate(kind: str) -> None:
     whole = {"infonce_gathered", "sigmoid_ring", "fastclip_v1", "fastclip_v3"}
-    problems = find_contradictions(tiny_config(loss={"kind": kind}, engine={"micro_batch": 4}))
+    problems = find_contradictions(
+        tiny_config(loss={"kind": kind, "rho": 1.0}, engine={"micro_batch": 4})
+    )
     assert [str(problem) for problem in problems] == (
         [
             f"engine.micro_batch: is 4, fewer than the local batch 8: {kind} would miss negatives "
@@ -117,13 +119,40 @@ def test_a_comparator_that_needs_the_whole_batch_refuses_to_accumulate(kind: str
 
 @pytest.mark.parametrize("kind", get_args(LossKind))
 def test_a_pair_alone_and_a_virtual_batch_without_gamma_are_refused(kind: str) -> None:
-    one_each = tiny_config(loss={"kind": kind}, cluster={"workers": 8, "cpus_per_worker": 0.1})
+    one_each = tiny_config(
+        loss={"kind": kind, "rho": 1.0}, cluster={"workers": 8, "cpus_per_worker": 0.1}
+    )
     is_local = kind in ("gamma", "infonce_local", "sigmoid_local")
     assert _places(one_each) == (["engine.micro_batch"] if is_local else [])
     alone = tiny_config(loss={"kind": kind}, train={"global_batch": 1})
     assert _places(alone) == ["engine.micro_batch" if is_local else "train.global_batch"]
-    virtual = tiny_config(loss={"kind": kind, "virtual_batch": 64})
+    virtual = tiny_config(loss={"kind": kind, "rho": 1.0, "virtual_batch": 64})
     assert _places(virtual) == ([] if kind == "gamma" else ["loss.virtual_batch"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "suggestion"),
+    [
+        ({"scale_rule": "rho", "rho": 1.0}, "3 negatives diverge by less than ln 3 = 1.10"),
+        ({"scale_rule": "rho", "rho": 1.2, "exchange": 1}, "ln 7 = 1.95"),
+        ({"kind": "fastclip_v3", "rho": 1.9}, "ln 7 = 1.95"),
+    ],
+)
+def test_a_divergence_that_cannot_be_reached_is_refused(
+    loss: dict[str, Any], suggestion: str
+) -> None:
+    """rho beyond the log of the negatives at hand only drives the scale up (LOSS D.9)."""
+    sizes: dict[str, Any] = {"cluster": {"workers": 2}, "train": {"global_batch": 8}}
+    assert find_contradictions(tiny_config(loss=loss, **sizes)) == []
+    problems = find_contradictions(tiny_config(loss=loss | {"rho": 2.0}, **sizes))
+    assert [problem.place for problem in problems] == ["loss.rho"]
+    assert suggestion in str(problems[0])
+    assert "lower it, e.g. to" in str(problems[0])
+
+
+def test_evidence_is_counted_only_of_a_prior() -> None:
+    assert _places(tiny_config(loss={"evidence": "counted"})) == ["loss.evidence"]
+    assert _places(tiny_config(loss={"evidence": "counted", "prior": "queue"})) == []
 
 
 def test_what_contradicts_the_data() -> None:

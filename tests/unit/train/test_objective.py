@@ -64,6 +64,19 @@ def test_the_configs_numbers_reach_fastclip() -> None:
     assert default[1] != forgetful[1]
 
 
+def test_the_configs_evidence_reaches_gamma() -> None:
+    """counted: the 3 negatives of 4 pairs stand beside 8 - 1 - 3 that the prior stands for."""
+    weights = {}
+    for evidence in ("measured", "counted"):
+        config = tiny_config(loss={"prior": "amortized", "evidence": evidence})
+        plan, _ = make_plan(config, FACTS)
+        loss = build_loss(config, plan, embed_dim=16, rank=0, world_size=1)
+        metrics = loss(*tiny_module(config)(*tiny_pairs(4))).metrics
+        weights[evidence] = metrics["prior_batch_weight_image"].item()
+    assert weights["counted"] == pytest.approx(3 / 7)
+    assert weights["measured"] > 3 / 7
+
+
 def test_a_logit_bias_is_not_decayed_and_changes_no_embedding() -> None:
     config = tiny_config(loss={"kind": "sigmoid_ring"})
     module, plain = tiny_module(config), tiny_module(tiny_config(loss={"kind": "infonce_local"}))
