@@ -83,7 +83,7 @@ def scenes(rows: int, test_rows: int) -> Task:
 
 def folder_task(name: str, folder: str, epochs: float) -> Task:
     """All pairs under a folder; one in five, drawn once for all, is kept for the test."""
-    catalog = read_catalog(folder, "folder", "auto", "auto")
+    catalog = read_catalog(folder, "folder", split="all")
     columns = [catalog.columns.image, catalog.columns.caption]
     pairs = []
     for shard in catalog.shards:

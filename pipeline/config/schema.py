@@ -28,7 +28,18 @@ class DataConfig(Section):
     val: str | None = Field(
         default=None, description="The same for evaluation; absent: no evaluation."
     )
-    image_column: str = Field(default="auto", description="Column of encoded image bytes, or auto.")
+    train_split: str = Field(
+        default="auto",
+        description="Rows used of a column `split`: a value, all, or auto: train (and restval).",
+    )
+    val_split: str = Field(
+        default="auto",
+        description="The same for evaluation; auto: val, or validation, valid, dev, test.",
+    )
+    image_column: str = Field(
+        default="auto",
+        description="Column of encoded images (bytes, or the path of a file), or auto.",
+    )
     caption_column: str = Field(
         default="auto", description="Column of captions (string or list), or auto."
     )

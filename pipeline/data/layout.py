@@ -1,20 +1,24 @@
 """What lies at a path: Parquet shards, their row groups, and which columns hold image and caption.
 
 Enters: a folder, file, glob or URL. Leaves: `Catalog`, or a `UserError` that says what is there
-and what to do. Reads footers only. Must not know: Ray, decoding, the model.
+and what to do. Reads footers, and a column `split` if there is one. Must not know: Ray, decoding,
+the model.
 """
 
 import glob
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from pipeline.data.storage import open_filesystem, retried
 from pipeline.errors import UserError
 
 IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes", "content")
@@ -23,23 +27,42 @@ CAPTION_NAMES = (
     "caption_0",
 )  # fmt: skip
 URL_NAMES = ("url", "URL", "image_url")
+SPLIT_NAME = "split"
+STATUS_NAME = "status"  # img2dataset's: why a row has no image
+SPLITS = {  # what a role is called in a column `split`; of evaluation's names the first found
+    "data.train": (("train", "restval"),),
+    "data.val": (("val",), ("validation",), ("valid",), ("dev",), ("test",)),
+}
+FOREIGN = {  # kinds of files that `gammaray data prepare` reads
+    ".tar": "WebDataset tars", ".csv": "tables", ".tsv": "tables", ".json": "JSON",
+    ".jsonl": "JSON",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """One Parquet file: its path on the catalog's filesystem, bytes, rows of each row group."""
+    """One Parquet file: its path on the catalog's filesystem, bytes, rows of each row group.
+
+    `row_groups` counts rows of the chosen split only, `num_rows` all.
+    """
 
     path: str
     size: int
     row_groups: tuple[int, ...]
+    num_rows: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Columns:
-    """The resolved columns: names, and whether they were found or given."""
+    """The resolved columns. `split` keeps rows whose column `split` holds one of the values.
+
+    `status` is there when the column is: it tells failed downloads from images that were null.
+    """
 
     image: str
     caption: str
+    split: tuple[str, ...] = ()
+    status: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +76,7 @@ class Catalog:
 
     @property
     def num_rows(self) -> int:
-        """Rows in all shards, usable or not."""
+        """Rows of the split in all shards, usable or not."""
         return sum(sum(shard.row_groups) for shard in self.shards)
 
     @property
@@ -72,47 +95,112 @@ class Catalog:
 
     def describe(self) -> str:
         """One sentence: rows, shards, and the columns in use."""
+        kept = ""
+        if self.columns.split:
+            whole = sum(shard.num_rows for shard in self.shards)
+            kept = f" of {whole:,}, whose split is {' or '.join(self.columns.split)},"
         return (
-            f"{self.num_rows:,} rows in {len(self.shards)} Parquet shard(s) at {self.root} "
+            f"{self.num_rows:,} rows{kept} in {len(self.shards)} Parquet shard(s) at {self.root} "
             f"({self.num_bytes / 1e6:,.1f} MB); image column '{self.columns.image}', "
             f"caption column '{self.columns.caption}'"
         )
 
 
-def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
-    """Give the filesystem of `path` (local or URL) and the path on it."""
-    if "://" in path:
-        return pafs.FileSystem.from_uri(path)
-    return pafs.LocalFileSystem(), str(Path(path).absolute())
-
-
 def read_catalog(
-    path: str, place: str, image: str = "auto", caption: str = "auto", labels: Sequence[str] = ()
+    path: str,
+    place: str,
+    image: str = "auto",
+    caption: str = "auto",
+    labels: Sequence[str] = (),
+    split: str = "auto",
 ) -> Catalog:
     """List the Parquet shards at `path` and resolve their columns.
 
     `place` (the config path, e.g. data.train) opens every error. `labels` are further columns that
-    must be there. Raises `UserError` for a missing path, no Parquet, unreadable files, or columns
-    that cannot be resolved.
+    must be there. `split` keeps rows by a column `split`: auto (if there is one, those that fit the
+    place), all, or a value. Raises `UserError` for a missing path, no Parquet, unreadable files, or
+    columns that cannot be resolved.
     """
     filesystem, paths = _find(path, place)
     with ThreadPoolExecutor(16) as pool:
         footers = list(pool.map(lambda item: _footer(filesystem, item, place), paths))
-    columns = resolve_columns(footers[0][1], paths[0], place, image, caption)
-    for (_, schema), item in zip(footers, paths, strict=True):
-        _check_columns(schema, item, place, columns, labels)
-    shards = tuple(shard for shard, _ in footers)
-    catalog = Catalog(root=path, shards=shards, columns=columns, names=tuple(footers[0][1].names))
+        columns = resolve_columns(footers[0][1], paths[0], place, image, caption)
+        for (_, schema), item in zip(footers, paths, strict=True):
+            _check_columns(schema, item, place, columns, labels)
+        shards = [shard for shard, _ in footers]
+        schemas = [schema for _, schema in footers]
+        has_split = _with_text(schemas, SPLIT_NAME)
+        if split not in ("auto", "all") and not all(has_split):
+            raise UserError(
+                f"{place}_split: is {split}, but {paths[has_split.index(False)]} has no column "
+                f"'{SPLIT_NAME}' of text; use all, or remove the file"
+            )
+        if split != "all" and all(has_split):
+            found = list(pool.map(lambda shard: _read_split(filesystem, shard), shards))
+            values = set().union(*(group for groups in found for group in groups))
+            chosen = _choose_split(values, place, split)
+            if chosen != values:
+                columns = replace(columns, split=tuple(sorted(chosen)))
+                shards = [
+                    replace(
+                        shard,
+                        row_groups=tuple(sum(group[value] for value in chosen) for group in groups),
+                    )
+                    for shard, groups in zip(shards, found, strict=True)
+                ]
+    columns = replace(columns, status=all(_with_text(schemas, STATUS_NAME)))
+    catalog = Catalog(
+        root=path, shards=tuple(shards), columns=columns, names=tuple(schemas[0].names)
+    )
     if catalog.num_rows == 0:
         raise UserError(f"{place}: {path} holds Parquet files but no rows")
     return catalog
+
+
+def _with_text(schemas: Sequence[pa.Schema], name: str) -> list[bool]:
+    return [
+        schema.names.count(name) == 1 and _is_text(schema.field(name).type) for schema in schemas
+    ]
+
+
+def _read_split(filesystem: pafs.FileSystem, shard: Shard) -> list[Counter[str]]:
+    """How many rows of each row group have which split."""
+    return [
+        Counter(
+            str(value) for value in _read_column(filesystem, shard, SPLIT_NAME, [group]).to_pylist()
+        )
+        for group in range(len(shard.row_groups))
+    ]
+
+
+def _choose_split(values: set[str], place: str, split: str) -> set[str]:
+    if split != "auto":
+        if split not in values:
+            raise UserError(
+                f"{place}_split: is {split}; column '{SPLIT_NAME}' holds {sorted(values)[:8]}: "
+                "choose one of them, or all"
+            )
+        return {split}
+    for names in SPLITS.get(place, ()):
+        if values & set(names):
+            return values & set(names)
+    # Neither says which rows are meant: a column of that name for another purpose, or one split.
+    if len(values) == 1:
+        return values
+    raise UserError(
+        f"{place}: column '{SPLIT_NAME}' holds {sorted(values)[:8]}, none of which is known; say "
+        f"which to use with {place}_split=..., or use all"
+    )
 
 
 def _check_columns(
     schema: pa.Schema, path: str, place: str, columns: Columns, labels: Sequence[str]
 ) -> None:
     """Every shard must hold the chosen columns, once, with types that can be read."""
-    wanted = {columns.image: _holds_image, columns.caption: _holds_caption}
+    wanted = {
+        columns.image: lambda kind: _holds_image(kind) or _is_text(kind),
+        columns.caption: _holds_caption,
+    }
     for name in (columns.image, columns.caption, *labels):
         count = schema.names.count(name)
         if count != 1:
@@ -155,9 +243,13 @@ def _find(path: str, place: str) -> tuple[pafs.FileSystem, list[str]]:
     found = [item for item in files if item.endswith(".parquet") and not _is_hidden(item, inner)]
     if not found:
         seen = sorted({PurePosixPath(item).suffix or PurePosixPath(item).name for item in files})
+        advice = "Pairs are read from Parquet with the encoded image in a column"
+        foreign = next((FOREIGN[suffix] for suffix in seen if suffix in FOREIGN), None)
+        if foreign is not None:
+            advice += f"; for {foreign} run: gammaray data prepare {path} OUT, and give OUT"
         raise UserError(
             f"{place}: no .parquet file under {path}; found {len(files)} file(s) "
-            f"of kind {seen[:8]}. Pairs are read from Parquet with the encoded image in a column"
+            f"of kind {seen[:8]}. {advice}"
         )
     return filesystem, found
 
@@ -168,13 +260,17 @@ def _is_hidden(path: str, root: str) -> bool:
 
 def _footer(filesystem: pafs.FileSystem, path: str, place: str) -> tuple[Shard, pa.Schema]:
     try:
-        with filesystem.open_input_file(path) as file:
-            size = file.size()
-            metadata = pq.read_metadata(file)
+        size, metadata = retried(lambda: _metadata(filesystem, path), path, filesystem)
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{place}: {path} is not readable Parquet: {error}") from error
     groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-    return Shard(path=path, size=size, row_groups=groups), metadata.schema.to_arrow_schema()
+    shard = Shard(path=path, size=size, row_groups=groups, num_rows=sum(groups))
+    return shard, metadata.schema.to_arrow_schema()
+
+
+def _metadata(filesystem: pafs.FileSystem, path: str) -> tuple[int, pq.FileMetaData]:
+    with filesystem.open_input_file(path) as file:
+        return file.size(), pq.read_metadata(file)
 
 
 def resolve_columns(
@@ -191,23 +287,33 @@ def _resolve(
     schema: pa.Schema, path: str, place: str, role: str, given: str, known: tuple[str, ...]
 ) -> str:
     fits = _holds_image if role == "image" else _holds_caption
-    wanted = "binary or struct<bytes, path>" if role == "image" else "string or list<string>"
+    wanted = (
+        "binary, struct<bytes, path> or a list of them"
+        if role == "image"
+        else "string or list<string>"
+    )
     listing = ", ".join(f"{field.name}: {field.type}" for field in schema)
     if given != "auto":
         if given not in schema.names:
             raise UserError(
                 f"data.{role}_column: '{given}' is not in {path}; its columns are {listing}"
             )
-        if not fits(schema.field(given).type):
+        kind = schema.field(given).type
+        if not fits(kind) and not (role == "image" and _is_text(kind)):
             raise UserError(
                 f"data.{role}_column: '{given}' in {path} is {schema.field(given).type}; "
-                f"it must be {wanted}"
+                f"it must be {wanted}" + (", or the path of a file" if role == "image" else "")
             )
         return given
     for name in known:
         if schema.names.count(name) == 1 and fits(schema.field(name).type):
             return name
     urls = [name for name in URL_NAMES if name in schema.names]
+    if role == "image" and _lies_by_tars(path):
+        raise UserError(
+            f"{place}: {path} holds no pixels: it is the index of WebDataset tars beside it; run "
+            f"gammaray data prepare {PurePosixPath(path).parent} OUT, and give OUT"
+        )
     if role == "image" and urls:
         raise UserError(
             f"{place}: {path} holds links (column '{urls[0]}') but no pixels; download the images "
@@ -220,7 +326,13 @@ def _resolve(
     )
 
 
+def _lies_by_tars(path: str) -> bool:
+    return Path(path).with_suffix(".tar").exists()
+
+
 def _holds_image(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
     if pa.types.is_struct(kind):
         return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
@@ -229,6 +341,10 @@ def _holds_image(kind: pa.DataType) -> bool:
 def _holds_caption(kind: pa.DataType) -> bool:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         kind = kind.value_type
+    return _is_text(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
@@ -246,7 +362,8 @@ def read_captions(catalog: Catalog, most: int) -> list[str]:
     for shard in catalog.shards:
         enough = len(captions) + share
         for group in range(len(shard.row_groups)):
-            column = _read_column(filesystem, shard, catalog.columns.caption, group)
+            column = _read_column(filesystem, shard, catalog.columns.caption, [group],
+                                  catalog.columns.split)  # fmt: skip
             captions.extend(text for item in column.to_pylist() for text in as_captions(item))
             if len(captions) >= enough:
                 del captions[enough:]
@@ -259,26 +376,38 @@ def read_classes(catalog: Catalog, column: str) -> list[str]:
     filesystem, _ = open_filesystem(catalog.root)
     values: set[str] = set()
     for shard in catalog.shards:
+        groups = range(len(shard.row_groups))
+        cells = _read_column(filesystem, shard, column, groups, catalog.columns.split)
         # Arrow's text of a value, as the stream gives it: 1.0 is "1", True is "true".
-        found = _read_column(filesystem, shard, column).unique().cast(pa.string()).to_pylist()
+        found = cells.unique().cast(pa.string()).to_pylist()
         values.update(value for value in found if value is not None)
     return sorted(values)
 
 
 def _read_column(
-    filesystem: pafs.FileSystem, shard: Shard, column: str, group: int | None = None
+    filesystem: pafs.FileSystem,
+    shard: Shard,
+    column: str,
+    groups: Sequence[int],
+    split: tuple[str, ...] = (),
 ) -> pa.ChunkedArray:
-    """Read one column of a shard, or of one of its row groups."""
-    try:
+    """Read one column of a shard's row groups: the rows of a split, if one is given."""
+
+    def read() -> pa.Table:
         with filesystem.open_input_file(shard.path) as file:
-            parquet = pq.ParquetFile(file)
-            groups = range(parquet.num_row_groups) if group is None else [group]
-            return parquet.read_row_groups(list(groups), columns=[column]).column(0)
+            names = [column, SPLIT_NAME] if split else [column]
+            return pq.ParquetFile(file).read_row_groups(list(groups), columns=names)
+
+    try:
+        table = retried(read, shard.path, filesystem)
     except (OSError, pa.ArrowException) as error:
         raise UserError(
             f"{shard.path}: column '{column}' cannot be read ({error}); the file is damaged: "
             "restore or remove it"
         ) from error
+    if split:
+        table = table.filter(pc.is_in(table.column(SPLIT_NAME).cast(pa.string()), pa.array(split)))  # pyright: ignore[reportAttributeAccessIssue]
+    return table.column(column)
 
 
 def as_captions(value: object) -> list[str]:

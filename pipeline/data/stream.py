@@ -17,8 +17,6 @@ from typing import Any, TypeVar, get_args
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import ray.data
 import torch
@@ -27,11 +25,13 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.data import image as image_module
-from pipeline.data.layout import Catalog, as_captions, open_filesystem
+from pipeline.data.layout import Catalog, Columns, as_captions
 from pipeline.data.order import Cursor, Order, Piece, RowGroup, permutation
+from pipeline.data.rows import Absence, read_rows
+from pipeline.data.storage import open_filesystem
 from pipeline.data.text import Tokenizer
 
-REASONS = (*get_args(image_module.Reason), "empty_caption")
+REASONS = (*get_args(image_module.Reason), *get_args(Absence), "empty_caption")
 GOOD = -1
 CHUNK_ROWS = 256  # rows decoded at once in a task
 BLOCK_BYTES = 32 * 2**20  # a decoded block: small enough for a quick first batch
@@ -229,8 +229,7 @@ class _ReadPiece:
     piece: Piece
     seed: int
     shuffle: bool
-    image: str
-    caption: str
+    columns: Columns
     labels: tuple[str, ...]
 
     @staticmethod
@@ -241,8 +240,7 @@ class _ReadPiece:
             piece=piece,
             seed=order.seed,
             shuffle=order.shuffle,
-            image=catalog.columns.image,
-            caption=catalog.columns.caption,
+            columns=catalog.columns,
             labels=labels,
         )
 
@@ -265,42 +263,20 @@ class _ReadPiece:
 
     def _read(self, path: str, group: RowGroup) -> pa.Table:
         filesystem, _ = open_filesystem(self.root)
-        names = list(dict.fromkeys((self.image, self.caption, *self.labels)))
-        try:
-            with filesystem.open_input_file(path) as file:
-                table = pq.ParquetFile(file).read_row_group(group.index, columns=names)
-        except (OSError, pa.ArrowInvalid) as error:
+        table = read_rows(filesystem, path, group.index, self.columns, self.labels)
+        if table.num_rows != group.rows:
             raise RuntimeError(
-                f"{path}: row group {group.index} cannot be read: {error}"
-            ) from error
-        image = table.column(self.image)
-        if pa.types.is_struct(image.type):
-            image = pc.struct_field(image, "bytes")  # pyright: ignore[reportAttributeAccessIssue]
-        columns = {
-            # Large offsets: a window of big pictures passes 2 GiB.
-            "image": image.cast(pa.large_binary()),
-            "caption": _as_list_column(table.column(self.caption)),
-            "epoch": pa.array(np.full(group.rows, self.piece.epoch, np.int64)),
-            "shard": pa.array(np.full(group.rows, group.shard, np.int64)),
-            "row_group": pa.array(np.full(group.rows, group.index, np.int64)),
-            "row": pa.array(np.arange(group.rows)),
-        }
-        for label in self.labels:
-            columns[f"label/{label}"] = table.column(label).cast(pa.string())
-        return pa.table(columns)
-
-
-def _as_list_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """One type for captions given as text or as a list of texts, so that shards may differ."""
-    target = pa.list_(pa.string())
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        return column.cast(target)
-    text = column.cast(pa.string())
-    chunks = [
-        pa.ListArray.from_arrays(pa.array(np.arange(len(chunk) + 1, dtype=np.int32)), chunk)
-        for chunk in text.chunks
-    ]
-    return pa.chunked_array(chunks, type=target)
+                f"{path}: row group {group.index} has {table.num_rows} rows, and had {group.rows} "
+                "when the run began; restore the file, or start a run with another name"
+            )
+        for name, values in (
+            ("epoch", np.full(group.rows, self.piece.epoch, np.int64)),
+            ("shard", np.full(group.rows, group.shard, np.int64)),
+            ("row_group", np.full(group.rows, group.index, np.int64)),
+            ("ordinal", np.arange(group.rows)),
+        ):
+            table = table.append_column(name, pa.array(values))
+        return table
 
 
 class _Decode:
@@ -315,31 +291,33 @@ class _Decode:
         rows = table.num_rows
         identity = {
             name: table.column(name).to_numpy()
-            for name in ("epoch", "position", "shard", "row_group", "row")
+            for name in ("epoch", "position", "shard", "row_group", "row", "ordinal")
         }
         images = np.zeros((rows, recipe.image_size, recipe.image_size, 3), dtype=np.uint8)
         reasons = np.full(rows, GOOD, dtype=np.int8)
         texts: list[str] = []
         more: list[list[str]] = []
         image_column, caption_column = table.column("image"), table.column("caption")
+        absences = table.column("absence").to_pylist()
         for row in range(rows):
             rng = np.random.default_rng(
                 [
                     recipe.seed,
-                    *(int(identity[name][row]) for name in identity if name != "position"),
+                    *(int(identity[name][row]) for name in ("epoch", "shard", "row_group", "row")),
                 ]
             )
             captions = as_captions(caption_column[row].as_py())
-            try:
-                if not captions:
-                    raise _BadCaption
-                pixels = image_module.decode(image_column[row].as_py(), recipe.background)
-            except image_module.BadImage as error:
-                reasons[row] = REASONS.index(error.reason)
-            except _BadCaption:
-                reasons[row] = REASONS.index("empty_caption")
-            else:
-                images[row] = self._geometry(pixels, rng)
+            encoded = self._draw(image_column[row].as_py(), rng)
+            reason: str | None = absences[row] or (None if captions else "empty_caption")
+            if reason is None:
+                try:
+                    pixels = image_module.decode(encoded, recipe.background)
+                except image_module.BadImage as error:
+                    reason = error.reason
+                else:
+                    images[row] = self._geometry(pixels, rng)
+            if reason is not None:
+                reasons[row] = REASONS.index(reason)
             captions = captions or [""]
             drawn = int(rng.integers(len(captions))) if recipe.train else 0
             texts.append(captions[drawn])
@@ -354,6 +332,13 @@ class _Decode:
                     [value or "" for value in values], dtype=object
                 )
         return columns
+
+    def _draw(self, images: list[bytes | None] | None, rng: np.random.Generator) -> bytes | None:
+        """One of a row's images: any in training, else the first."""
+        there = [image for image in images or () if image]
+        if len(there) < 2 or not self._recipe.train:
+            return there[0] if there else None
+        return there[int(rng.integers(len(there)))]
 
     def _geometry(self, pixels: image_module.Pixels, rng: np.random.Generator) -> NDArray[np.uint8]:
         recipe = self._recipe
@@ -371,10 +356,6 @@ class _Decode:
                 0
             ].tobytes()
         return cells
-
-
-class _BadCaption(Exception):
-    """No usable caption in a row."""
 
 
 def _guard_empty(blocks: Iterable[dict[str, Any]], num_rows: int) -> Iterator[dict[str, Any]]:
@@ -421,9 +402,9 @@ class _Filling:
         self.images[slot] = block["image"][chosen]
         self.tokens[slot] = block["tokens"][chosen]
         self.keys[slot] = [
-            self._first_keys[shard][group] + row
-            for shard, group, row in zip(
-                *(block[name][chosen] for name in ("shard", "row_group", "row")), strict=True
+            self._first_keys[shard][group] + ordinal
+            for shard, group, ordinal in zip(
+                *(block[name][chosen] for name in ("shard", "row_group", "ordinal")), strict=True
             )
         ]
         self.rows += len(chosen)

@@ -28,7 +28,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline.config.load import dump, parse_config
 from pipeline.config.schema import Config, flatten
-from pipeline.data.layout import open_filesystem
+from pipeline.data.storage import open_filesystem
 from pipeline.data.stream import BadRow
 from pipeline.errors import UserError, raise_problems
 from pipeline.tracking import tracker

@@ -71,7 +71,13 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Prepared:
     data = config.data
     catalog = problems.attempt(
         "data.train",
-        lambda: read_catalog(data.train, "data.train", data.image_column, data.caption_column),
+        lambda: read_catalog(
+            data.train,
+            "data.train",
+            data.image_column,
+            data.caption_column,
+            split=data.train_split,
+        ),
     )
     val = problems.attempt("data.val", lambda: _read_val(config))
     classes = problems.attempt("evaluate.zero_shot", lambda: _read_classes(config, val))
@@ -173,7 +179,9 @@ def _read_val(config: Config) -> Catalog | None:
     if data.val is None:
         return None
     labels = [task.column for task in config.evaluate.zero_shot]
-    return read_catalog(data.val, "data.val", data.image_column, data.caption_column, labels)
+    return read_catalog(
+        data.val, "data.val", data.image_column, data.caption_column, labels, data.val_split
+    )
 
 
 def _read_classes(config: Config, val: Catalog | None) -> tuple[tuple[str, ...], ...]:

@@ -78,7 +78,10 @@ def test_given_columns_win_over_known_names(tmp_path: Path) -> None:
     ("given", "message"),
     [
         ({"image": "pic"}, r"data.image_column: 'pic' is not in .*; its columns are image: binary"),
-        ({"image": "caption"}, r"'caption' in .* is string; it must be binary or struct<bytes"),
+        (
+            {"image": "numbers"},
+            r"'numbers' in .* is list<.*it must be binary, struct<bytes, path> or",
+        ),
         ({"image": "other"}, r"'other' in .* is struct<path: string>; it must be binary"),
         ({"caption": "words"}, r"data.caption_column: 'words' is not in "),
         ({"caption": "image"}, r"'image' in .* is binary; it must be string or list<string>"),
@@ -112,6 +115,66 @@ def test_links_without_pixels_are_refused_with_how_to_download(tmp_path: Path) -
         UserError, match=r"holds links \(column 'URL'\) .*img2dataset --url_list .*--url_col URL "
     ):
         _columns(path)
+
+
+def test_the_index_of_tars_is_refused_with_how_to_prepare(tmp_path: Path) -> None:
+    path = _write(tmp_path / "00000.parquet", caption=TEXTS, url=TEXTS, key=TEXTS)
+    (tmp_path / "00000.tar").write_bytes(b"tar")
+    with pytest.raises(UserError, match=r"index of WebDataset tars .*gammaray data prepare "):
+        _columns(path)
+
+
+@pytest.mark.parametrize(("name", "what"), [("0.tar", "WebDataset tars"), ("a.tsv", "tables")])
+def test_other_formats_are_refused_with_how_to_prepare(
+    tmp_path: Path, name: str, what: str
+) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=rf"for {what} run: gammaray data prepare .* OUT"):
+        read_catalog(str(tmp_path), "data.train")
+
+
+@pytest.mark.parametrize(
+    ("values", "place", "asked", "chosen"),
+    [
+        (["train", "val"], "data.train", "auto", ("train",)),
+        (["train", "val"], "data.val", "auto", ("val",)),
+        (["restval", "test"], "data.train", "auto", ("restval",)),
+        (["validation", "test"], "data.val", "auto", ("validation",)),
+        (["test", "train"], "data.val", "auto", ("test",)),
+        (["train", "val"], "data.train", "val", ("val",)),
+        (["train", "val"], "data.train", "all", ()),
+        (["train", "train"], "data.train", "auto", ()),
+        (["extra", "extra"], "data.train", "auto", ()),
+    ],
+)
+def test_a_split_column_filters(
+    tmp_path: Path, values: list[str], place: str, asked: str, chosen: tuple[str, ...]
+) -> None:
+    _pairs(tmp_path / "0.parquet", split=values)
+    catalog = read_catalog(str(tmp_path), place, split=asked)
+    assert catalog.columns.split == chosen
+    kept = [value in chosen for value in values] if chosen else [True, True]
+    assert catalog.num_rows == sum(kept)
+    assert read_captions(catalog, 9) == [
+        text for text, keep in zip(["a", "b"], kept, strict=True) if keep
+    ]
+    assert f"of 2, whose split is {chosen[0]}," in catalog.describe() if chosen else True
+
+
+@pytest.mark.parametrize(
+    ("values", "asked", "message"),
+    [
+        (["a", "b"], "auto", r"data.train: column 'split' holds \['a', 'b'\].*data.train_split="),
+        (["train", "val"], "dev", r"data.train_split: is dev; column 'split' holds "),
+        ([1, 2], "train", r"data.train_split: is train, but .* has no column 'split' of text"),
+    ],
+)
+def test_a_split_that_is_not_there_is_refused(
+    tmp_path: Path, values: list[object], asked: str, message: str
+) -> None:
+    _pairs(tmp_path / "0.parquet", split=values)
+    with pytest.raises(UserError, match=message):
+        read_catalog(str(tmp_path), "data.train", split=asked)
 
 
 def test_missing_paths_and_folders_without_parquet(tmp_path: Path) -> None:

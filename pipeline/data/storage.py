@@ -1,0 +1,107 @@
+"""Where files lie: a path or URL to a filesystem, and reads that survive a bad moment.
+
+Enters: local paths, s3:// and gs:// URLs, any URL fsspec knows. Leaves: a pyarrow filesystem and
+the path on it. Must not know: what the files hold.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import parse_qsl, urlsplit
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import tenacity
+
+ATTEMPTS = 6  # reads of a remote file: about a minute with the pauses between
+LONGEST_PAUSE = 20.0  # seconds
+ARROW_SCHEMES = ("file", "gs", "gcs", "hdfs", "abfs", "abfss")
+S3_OPTIONS = ("endpoint_override", "scheme", "region")
+LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+    """Give the filesystem of `path` (local or URL) and the path on it.
+
+    S3 takes its credentials from where AWS tools look for them, its region and endpoint from the
+    URL (s3://bucket/folder?region=...&endpoint_override=http://host:port) or else from AWS_REGION
+    or AWS_DEFAULT_REGION and AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL. Raises OSError or
+    `pa.ArrowInvalid` for a URL that names no filesystem.
+    """
+    if "://" not in path:
+        return pafs.LocalFileSystem(), str(Path(path).absolute())
+    scheme = path.partition("://")[0]
+    if scheme in ("s3", "s3a"):
+        return _open_s3(path)
+    if scheme in ARROW_SCHEMES:
+        return pafs.FileSystem.from_uri(path)
+    import fsspec
+
+    try:
+        filesystem, inner = fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        raise pa.ArrowInvalid(f"{path} names no filesystem: {error}") from error
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), inner
+
+
+def _open_s3(url: str) -> tuple[pafs.FileSystem, str]:
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
+    unknown = sorted(set(options) - set(S3_OPTIONS))
+    if unknown:
+        raise pa.ArrowInvalid(f"{url}: {unknown} is not among {list(S3_OPTIONS)}")
+    endpoint = options.get("endpoint_override") or _first("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    region = options.get("region") or _first("AWS_REGION", "AWS_DEFAULT_REGION")
+    if endpoint is not None and "://" in endpoint:
+        options["scheme"], _, endpoint = endpoint.partition("://")
+    filesystem = pafs.S3FileSystem(
+        endpoint_override=endpoint,
+        scheme=options.get("scheme", "https"),
+        # A wrong region costs a redirect; asking for the bucket's would need the network here.
+        region=region or "us-east-1",
+        connect_timeout=10,
+        request_timeout=30,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=5),
+    )
+    return filesystem, f"{parts.netloc}{parts.path}".rstrip("/")
+
+
+def _first(*names: str) -> str | None:
+    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+
+
+def retried(read: Callable[[], T], what: str, filesystem: pafs.FileSystem) -> T:
+    """Call `read`; a remote file that cannot be read is tried again, with growing, random pauses.
+
+    `what` is named in the log of each try. The last error is raised as it is. What will not get
+    better is not tried again: local files, files that are not there, refused credentials.
+    """
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return read()
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_may_pass),
+        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        wait=tenacity.wait_random_exponential(multiplier=1, max=LONGEST_PAUSE),
+        before_sleep=lambda state: LOG.warning(
+            "%s: try %d of %d failed: %s",
+            what,
+            state.attempt_number,
+            ATTEMPTS,
+            state.outcome.exception() if state.outcome else None,
+        ),
+        reraise=True,
+    )
+    return retrying(read)
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return False
+    text = str(error)
+    refused = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH",
+               "ExpiredToken", "HTTP status 403")  # fmt: skip
+    is_passing = isinstance(error, OSError | pa.ArrowException)
+    return is_passing and not any(word in text for word in refused)
