@@ -371,6 +371,58 @@ def demo(
     console.print(f"Demo data in {out}: {splits} ({summary.bytes / 1e6:.0f} MB), {done}.")
 
 
+@data_app.command()
+def inspect(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(help="Folder, file, glob or URL of Parquet.")],
+    image_column: Annotated[str, typer.Option(help="Column of images.")] = "auto",
+    caption_column: Annotated[str, typer.Option(help="Column of captions.")] = "auto",
+    split: Annotated[str, typer.Option(help="Value of a column `split`, or all.")] = "all",
+    sheet: Annotated[
+        Path | None, typer.Option(help="Draw a contact sheet of pairs to this PNG.")
+    ] = None,
+    json: JsonPath = None,
+) -> None:
+    """Look at a data set before training: columns, row groups, a sample of its rows."""
+    from pipeline.data.inspect import draw_sheet
+    from pipeline.data.inspect import inspect as look
+    from pipeline.data.layout import read_catalog
+
+    console: Console = context.obj
+    catalog = read_catalog(path, "PATH", image_column, caption_column, split=split)
+    with console.status("Reading a sample ..."):
+        found = look(catalog)
+    _print_inspection(console, found)
+    if sheet is not None:
+        draw_sheet(found, sheet)
+        console.print(f"Contact sheet: {sheet}", soft_wrap=True)
+    _write_json(json, found.to_json())
+
+
+def _print_inspection(console: Console, found: Any) -> None:
+    console.print(_plain(found.catalog.describe() + "."), soft_wrap=True)
+    schema = ", ".join(f"{column.name}: {column.type}" for column in found.catalog.schema)
+    console.print(_plain(f"Columns: {schema}"), soft_wrap=True)
+    table = Table(title=f"A sample of {found.rows_read:,} rows", title_justify="left",
+                  show_edge=False)  # fmt: skip
+    table.add_column("measure")
+    for title in ("least", "median", "95 %", "most"):
+        table.add_column(title, justify="right")
+    for name, values in found.quantiles().items():
+        table.add_row(
+            name, *(f"{value:,.0f}" if value >= 10 else f"{value:.3g}" for value in values)
+        )
+    console.print(table)
+    formats = ", ".join(f"{name} {count}" for name, count in found.formats.most_common())
+    console.print(f"Formats: {formats or 'no image could be decoded'}")
+    bad = ", ".join(f"{reason} {count}" for reason, count in found.bad.most_common())
+    console.print(f"Unusable rows: {bad or 'none'}")
+    for row, reason in found.named:
+        console.print(_plain(f"  {row}  {reason}"), soft_wrap=True)
+    for sentence in found.advice():
+        console.print(f"[yellow]look[/] {_plain(sentence)}", soft_wrap=True)
+
+
 @app.command()
 def doctor(
     context: typer.Context,

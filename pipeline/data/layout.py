@@ -43,12 +43,14 @@ FOREIGN = {  # kinds of files that `gammaray data prepare` reads
 class Shard:
     """One Parquet file: its path on the catalog's filesystem, bytes, rows of each row group.
 
-    `row_groups` counts rows of the chosen split only, `num_rows` all.
+    `row_groups` counts rows of the chosen split only, `num_rows` all; `group_bytes` are the row
+    groups' bytes, uncompressed.
     """
 
     path: str
     size: int
     row_groups: tuple[int, ...]
+    group_bytes: tuple[int, ...]
     num_rows: int
 
 
@@ -67,12 +69,12 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Catalog:
-    """All shards at `root` in path order, with the resolved columns."""
+    """All shards at `root` in path order, with the resolved columns; `schema` is the first's."""
 
     root: str
     shards: tuple[Shard, ...]
     columns: Columns
-    names: tuple[str, ...]
+    schema: pa.Schema
 
     @property
     def num_rows(self) -> int:
@@ -149,9 +151,7 @@ def read_catalog(
                     for shard, groups in zip(shards, found, strict=True)
                 ]
     columns = replace(columns, status=all(_with_text(schemas, STATUS_NAME)))
-    catalog = Catalog(
-        root=path, shards=tuple(shards), columns=columns, names=tuple(schemas[0].names)
-    )
+    catalog = Catalog(root=path, shards=tuple(shards), columns=columns, schema=schemas[0])
     if catalog.num_rows == 0:
         raise UserError(f"{place}: {path} holds Parquet files but no rows")
     return catalog
@@ -263,8 +263,14 @@ def _footer(filesystem: pafs.FileSystem, path: str, place: str) -> tuple[Shard, 
         size, metadata = retried(lambda: _metadata(filesystem, path), path, filesystem)
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{place}: {path} is not readable Parquet: {error}") from error
-    groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-    shard = Shard(path=path, size=size, row_groups=groups, num_rows=sum(groups))
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    shard = Shard(
+        path=path,
+        size=size,
+        row_groups=tuple(group.num_rows for group in groups),
+        group_bytes=tuple(group.total_byte_size for group in groups),
+        num_rows=metadata.num_rows,
+    )
     return shard, metadata.schema.to_arrow_schema()
 
 

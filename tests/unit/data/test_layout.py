@@ -265,7 +265,9 @@ def test_row_groups_bytes_and_description(tmp_path: Path) -> None:
     catalog = read_catalog(str(path), "data.train")
     assert catalog.shards[0].row_groups == (2, 2, 1)
     assert catalog.num_bytes == path.stat().st_size
-    assert catalog.names == ("image", "caption")
+    assert catalog.schema.names == ["image", "caption"]
+    assert catalog.shards[0].num_rows == 5
+    assert len(catalog.shards[0].group_bytes) == 3
     assert "5 rows in 1 Parquet shard(s)" in catalog.describe()
 
 
