@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipeline.data.storage import open_filesystem, retried
+from pipeline.data.storage import explain, open_filesystem, retried
 from pipeline.errors import UserError
 
 IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes", "content")
@@ -231,14 +231,15 @@ def _find(path: str, place: str) -> tuple[pafs.FileSystem, list[str]]:
         return pafs.LocalFileSystem(), found
     try:
         filesystem, inner = open_filesystem(path)
-        info = filesystem.get_file_info(inner)
+        info = retried(lambda: filesystem.get_file_info(inner), inner, filesystem)
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{place}: {path} cannot be reached: {error}") from error
+        raise UserError(f"{place}: {path} cannot be reached: {explain(error)}") from error
     if info.type == pafs.FileType.NotFound:
         raise UserError(f"{place}: {path} does not exist; give a folder or file of Parquet")
     if info.type == pafs.FileType.File:
         return filesystem, [inner]
-    listed = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
+    below = pafs.FileSelector(inner, recursive=True)
+    listed = retried(lambda: filesystem.get_file_info(below), inner, filesystem)
     files = sorted(item.path for item in listed if item.type == pafs.FileType.File)
     found = [item for item in files if item.endswith(".parquet") and not _is_hidden(item, inner)]
     if not found:
@@ -261,8 +262,10 @@ def _is_hidden(path: str, root: str) -> bool:
 def _footer(filesystem: pafs.FileSystem, path: str, place: str) -> tuple[Shard, pa.Schema]:
     try:
         size, metadata = retried(lambda: _metadata(filesystem, path), path, filesystem)
-    except (OSError, pa.ArrowInvalid) as error:
+    except pa.ArrowInvalid as error:
         raise UserError(f"{place}: {path} is not readable Parquet: {error}") from error
+    except OSError as error:
+        raise UserError(f"{place}: {path} cannot be read: {explain(error)}") from error
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     shard = Shard(
         path=path,

@@ -16,7 +16,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipeline.data.layout import SPLIT_NAME, STATUS_NAME, Columns
-from pipeline.data.storage import open_filesystem, retried
+from pipeline.data.storage import explain, open_filesystem, retried
 
 Absence = Literal["failed_download", "missing_file"]
 IMAGES = pa.list_(pa.large_binary())  # large offsets: a window of big pictures passes 2 GiB
@@ -48,7 +48,8 @@ def read_rows(
     try:
         table = retried(read, f"{path}: row group {row_group}", filesystem)
     except (OSError, pa.ArrowException) as error:
-        raise RuntimeError(f"{path}: row group {row_group} cannot be read: {error}") from error
+        message = f"{path}: row group {row_group} cannot be read: {explain(error)}"
+        raise RuntimeError(message) from error
     rows = np.arange(table.num_rows)
     if columns.split:
         kept = pc.is_in(table.column(SPLIT_NAME).cast(pa.string()), pa.array(columns.split))  # pyright: ignore[reportAttributeAccessIssue]

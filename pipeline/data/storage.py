@@ -98,10 +98,20 @@ def retried(read: Callable[[], T], what: str, filesystem: pafs.FileSystem) -> T:
 
 
 def _may_pass(error: BaseException) -> bool:
-    if isinstance(error, FileNotFoundError | PermissionError):
-        return False
-    text = str(error)
-    refused = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH",
-               "ExpiredToken", "HTTP status 403")  # fmt: skip
-    is_passing = isinstance(error, OSError | pa.ArrowException)
-    return is_passing and not any(word in text for word in refused)
+    is_final = isinstance(error, FileNotFoundError) or "NO_SUCH_BUCKET" in str(error)
+    is_final = is_final or _is_refused(error)
+    return isinstance(error, OSError | pa.ArrowException) and not is_final
+
+
+def _is_refused(error: BaseException) -> bool:
+    refused = ("access_denied", "invalid_access_key", "invalid_client_token", "expired",
+               "signature_does_not_match", "unrecognized_client", "status 403")  # fmt: skip
+    return isinstance(error, PermissionError) or any(word in str(error).lower() for word in refused)
+
+
+def explain(error: BaseException) -> str:
+    """Say what went wrong in a read or write, and what to do where that can be known."""
+    text = str(error).strip().rstrip(":")
+    if _is_refused(error):
+        return f"{text}; the storage refuses these credentials: renew them, or ask for the right"
+    return text

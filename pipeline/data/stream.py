@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.exceptions import RayTaskError
 
 from pipeline.data import image as image_module
 from pipeline.data.layout import Catalog, Columns, as_captions
@@ -189,8 +190,19 @@ def _blocks(
             _Decode(recipe), batch_size=None, batch_format="pyarrow", **resources
         )
         iterator: Any = dataset.iterator()
-        # No batch size: whole blocks, zero-copy; batches are cut here, where bad rows drop out.
-        yield from iterator.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
+        try:
+            # No batch size: whole blocks, zero-copy; batches are cut here, where bad rows drop out.
+            yield from iterator.iter_batches(
+                batch_size=None, batch_format="numpy", prefetch_batches=2
+            )
+        except RayTaskError as error:
+            # Ray wraps what a task raised in frames and advice of its own.
+            said = [line.removeprefix(_RAISED) for line in str(error).splitlines()
+                    if line.startswith(_RAISED)]  # fmt: skip
+            raise RuntimeError(said[-1] if said else str(error)) from error
+
+
+_RAISED = "RuntimeError: "
 
 
 class _Pieces(Datasource):
