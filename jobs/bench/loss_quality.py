@@ -84,7 +84,7 @@ def scenes(rows: int, test_rows: int) -> Task:
 def folder_task(name: str, folder: str, epochs: float) -> Task:
     """All pairs under a folder; one in five, drawn once for all, is kept for the test."""
     catalog = read_catalog(folder, "folder", split="all")
-    columns = [catalog.columns.image, catalog.columns.caption]
+    columns = [catalog.sources[0].columns.image, catalog.sources[0].columns.caption]
     pairs = []
     for shard in catalog.shards:
         table = pq.read_table(shard.path, columns=columns)
@@ -543,7 +543,7 @@ def share(scores: Scores, task: str, shape: tuple[int, int], loss: str) -> float
 
 def missed_goals(scores: Scores, tasks: Sequence[str]) -> list[str]:
     """The goals of the study that do not hold, or that nothing was run for."""
-    reach0, reach1 = "gamma amortized", "gamma amortized, k=1"
+    reach0, reach1 = "gamma none", "gamma none, k=1"  # as shipped
     missed = []
 
     def ask(what: str, value: float, least: float) -> None:
@@ -558,7 +558,7 @@ def missed_goals(scores: Scores, tasks: Sequence[str]) -> list[str]:
     local = share(scores, "scenes", (8, 8), "InfoNCE local")
     if not local < share(scores, "scenes", (8, 8), reach0) - 0.02:
         missed.append(f"scenes, 8x8: InfoNCE local has {100 * local:.1f} %, not clearly below")
-    wide = [share(scores, task, shape, "gamma amortized, 4x virtual")
+    wide = [share(scores, task, shape, "gamma none, 4x virtual")
             for task in tasks for shape in SHAPES]  # fmt: skip
     if not any(value > 1 for value in wide):
         missed.append("a virtual batch above the global one exceeds 100 % nowhere")

@@ -60,7 +60,10 @@ def dump(config: Config) -> str:
 def _absolute(config: Config) -> Config:
     """Make local paths absolute: workers run in other folders."""
     data, base = config.data, Path.cwd()
-    changes = {"train": resolve_path(data.train, base)}
+    sources = [
+        source.model_copy(update={"path": resolve_path(source.path, base)}) for source in data.train
+    ]
+    changes: dict[str, Any] = {"train": tuple(sources)}
     if data.val is not None:
         changes["val"] = resolve_path(data.val, base)
     if data.tokenizer != "train" and Path(data.tokenizer).exists():

@@ -19,9 +19,13 @@ WHOLE_BATCH: frozenset[LossKind] = frozenset(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What the config does not say: the data's size and the model's."""
+    """What the config does not say: the data's size and the model's.
+
+    An epoch of weighted sources has other rows than `train_rows`: `epoch_rows`.
+    """
 
     train_rows: int
+    epoch_rows: int
     val_rows: int
     vocab_size: int
     num_parameters: int
@@ -43,6 +47,7 @@ class Plan:
     loss_kind: LossKind
     virtual_batch: int
     train_rows: int
+    epoch_rows: int
     val_rows: int
     samples: int
     steps: int
@@ -62,7 +67,7 @@ class Plan:
 
     def sentences(self) -> list[str]:
         """The plan as a reader wants it."""
-        epochs = self.samples / self.train_rows
+        epochs = self.samples / self.epoch_rows
         accumulate = (
             "in one forward"
             if self.accumulation == 1
@@ -74,7 +79,8 @@ class Plan:
             else f"loss {self.loss_kind} contrasts {self.virtual_batch:,} pairs at once"
         )
         return [
-            f"Data: {self.train_rows:,} training rows, {self.val_rows:,} evaluation rows.",
+            f"Data: {self.train_rows:,} training rows, {self.epoch_rows:,} an epoch; "
+            f"{self.val_rows:,} evaluation rows.",
             f"Batch: {self.global_batch:,} pairs a step on {self.workers} worker(s), "
             f"{self.local_batch:,} each {accumulate}; {contrast}.",
             f"Length: {self.steps:,} steps, {self.samples:,} samples, {epochs:.2f} epochs; "
@@ -215,7 +221,7 @@ def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
     """Derive the plan; the problems are what contradicts the data. The config is consistent."""
     train, workers = config.train, config.cluster.workers
     local, micro = _batches(config)
-    wanted = train.samples or round((train.epochs or 0) * facts.train_rows)
+    wanted = train.samples or round((train.epochs or 0) * facts.epoch_rows)
     steps = wanted // train.global_batch
     problems: list[Problem] = []
     if train.global_batch > facts.train_rows:
@@ -250,6 +256,7 @@ def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
         loss_kind=config.loss.kind,
         virtual_batch=_virtual_batch(config),
         train_rows=facts.train_rows,
+        epoch_rows=facts.epoch_rows,
         val_rows=min(facts.val_rows, config.evaluate.max_rows),
         samples=steps * train.global_batch,
         steps=steps,

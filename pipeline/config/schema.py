@@ -7,7 +7,14 @@ Must not know: any library of the system itself (torch, ray, mlflow).
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -21,10 +28,26 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+class SourceConfig(Section):
+    """One of several sources of training data; what is left out is as in `data`."""
+
+    path: str = Field(description="Folder, file, glob or URL of Parquet.")
+    weight: PositiveFloat = Field(
+        default=1.0, description="How often an epoch sees each row, on the average."
+    )
+    split: str | None = Field(default=None, description="As data.train_split.")
+    image_column: str | None = Field(default=None, description="As data.image_column.")
+    caption_column: str | None = Field(default=None, description="As data.caption_column.")
+
+
 class DataConfig(Section):
     """Where the pairs are and how a row becomes an image array and token ids."""
 
-    train: str = Field(description="Folder, file or glob of training Parquet.")
+    train: tuple[SourceConfig, ...] = Field(
+        min_length=1,
+        description="Folder, file, glob or URL of training Parquet; or a list of sources, each "
+        "with path and weight.",
+    )
     val: str | None = Field(
         default=None, description="The same for evaluation; absent: no evaluation."
     )
@@ -69,6 +92,18 @@ class DataConfig(Section):
         default=0.5,
         description="The run stops when more than this share of the rows read is unusable.",
     )
+
+    @field_serializer("train")
+    def _plainly(self, sources: tuple[SourceConfig, ...]) -> object:
+        """One path alone is written as it was given."""
+        first = sources[0]
+        is_plain = len(sources) == 1 and first == SourceConfig(path=first.path)
+        return first.path if is_plain else [source.model_dump() for source in sources]
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_source(cls, value: object) -> object:
+        return ({"path": value},) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -98,10 +98,10 @@ class Inspection:
             "rows": self.catalog.num_rows,
             "shards": len(self.catalog.shards),
             "bytes": self.catalog.num_bytes,
-            "image_column": self.catalog.columns.image,
-            "caption_column": self.catalog.columns.caption,
-            "split": list(self.catalog.columns.split),
-            "schema": {column.name: str(column.type) for column in self.catalog.schema},
+            "image_column": self.catalog.sources[0].columns.image,
+            "caption_column": self.catalog.sources[0].columns.caption,
+            "split": list(self.catalog.sources[0].columns.split),
+            "schema": {column.name: str(column.type) for column in self.catalog.sources[0].schema},
             "rows_read": self.rows_read,
             "bad": dict(self.bad),
             "bad_rows": [{"row": row, "reason": reason} for row, reason in self.named],
@@ -140,7 +140,7 @@ def _sampled(
     spread = np.linspace(0, len(groups) - 1, min(SAMPLED_GROUPS, len(groups)))
     chosen = [groups[int(index)] for index in spread.round()]
     for path, group in chosen:
-        table = read_rows(filesystem, path, group, catalog.columns)
+        table = read_rows(filesystem, path, group, catalog.sources[0].columns)
         most = min(table.num_rows, -(-SAMPLE // len(chosen)))
         yield path, group, table, np.sort(rng.permutation(table.num_rows)[:most])
 

@@ -44,7 +44,7 @@ class Shard:
     """One Parquet file: its path on the catalog's filesystem, bytes, rows of each row group.
 
     `row_groups` counts rows of the chosen split only, `num_rows` all; `group_bytes` are the row
-    groups' bytes, uncompressed.
+    groups' bytes, uncompressed. `source` is the number of its source in the catalog.
     """
 
     path: str
@@ -52,6 +52,7 @@ class Shard:
     row_groups: tuple[int, ...]
     group_bytes: tuple[int, ...]
     num_rows: int
+    source: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,18 +69,46 @@ class Columns:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Catalog:
-    """All shards at `root` in path order, with the resolved columns; `schema` is the first's."""
+class Source:
+    """What was given as one path: shards alike. `schema` is the first shard's.
+
+    `weight` is how often an epoch sees each of its rows, on the average.
+    """
 
     root: str
-    shards: tuple[Shard, ...]
     columns: Columns
     schema: pa.Schema
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Catalog:
+    """All shards of all sources, by source and path."""
+
+    sources: tuple[Source, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def root(self) -> str:
+        """Where the data lies, in words."""
+        return ", ".join(source.root for source in self.sources)
 
     @property
     def num_rows(self) -> int:
-        """Rows of the split in all shards, usable or not."""
-        return sum(sum(shard.row_groups) for shard in self.shards)
+        """Rows of the split in all shards, usable or not, each counted once."""
+        return sum(self.rows_of(number) for number in range(len(self.sources)))
+
+    @property
+    def rows_an_epoch(self) -> int:
+        """Rows that an epoch sees: those of each source times its weight, rounded."""
+        return sum(
+            round(source.weight * self.rows_of(number))
+            for number, source in enumerate(self.sources)
+        )
+
+    def rows_of(self, number: int) -> int:
+        """Rows of one source."""
+        return sum(sum(shard.row_groups) for shard in self.shards if shard.source == number)
 
     @property
     def num_bytes(self) -> int:
@@ -93,19 +122,47 @@ class Catalog:
             f"{PurePosixPath(shard.path).name} {shard.size} {shard.row_groups}"
             for shard in self.shards
         )
+        if any(source.weight != 1 for source in self.sources) or len(self.sources) > 1:
+            counts = Counter(shard.source for shard in self.shards)
+            text += f"\n{[(counts[n], each.weight) for n, each in enumerate(self.sources)]}"
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def describe(self) -> str:
-        """One sentence: rows, shards, and the columns in use."""
+        """A sentence on each source: rows, shards, the columns in use."""
+        return "; ".join(self._describe(number) for number in range(len(self.sources)))
+
+    def _describe(self, number: int) -> str:
+        source = self.sources[number]
+        shards = [shard for shard in self.shards if shard.source == number]
         kept = ""
-        if self.columns.split:
-            whole = sum(shard.num_rows for shard in self.shards)
-            kept = f" of {whole:,}, whose split is {' or '.join(self.columns.split)},"
+        if source.columns.split:
+            whole = sum(shard.num_rows for shard in shards)
+            kept = f" of {whole:,}, whose split is {' or '.join(source.columns.split)},"
+        weight = "" if source.weight == 1 else f", each seen {source.weight:g} times an epoch"
         return (
-            f"{self.num_rows:,} rows{kept} in {len(self.shards)} Parquet shard(s) at {self.root} "
-            f"({self.num_bytes / 1e6:,.1f} MB); image column '{self.columns.image}', "
-            f"caption column '{self.columns.caption}'"
+            f"{self.rows_of(number):,} rows{kept} in {len(shards)} Parquet shard(s) at "
+            f"{source.root} ({sum(shard.size for shard in shards) / 1e6:,.1f} MB); image column "
+            f"'{source.columns.image}', caption column '{source.columns.caption}'{weight}"
         )
+
+
+def mix(catalogs: Sequence[Catalog], weights: Sequence[float], place: str) -> Catalog:
+    """Put catalogs of one source each together; `weights` as in `Source`.
+
+    Raises `UserError` for a weight that leaves none of a source's rows.
+    """
+    shards: list[Shard] = []
+    sources: list[Source] = []
+    for number, (catalog, weight) in enumerate(zip(catalogs, weights, strict=True)):
+        if not round(weight * catalog.num_rows):
+            raise UserError(
+                f"{place}.{number}.weight: is {weight:g}; of the {catalog.num_rows} rows at "
+                f"{catalog.root} an epoch would see none: raise it, or leave the source out"
+            )
+        (source,) = catalog.sources
+        sources.append(replace(source, weight=weight))
+        shards += [replace(shard, source=number) for shard in catalog.shards]
+    return Catalog(sources=tuple(sources), shards=tuple(shards))
 
 
 def read_catalog(
@@ -138,7 +195,8 @@ def read_catalog(
                 f"'{SPLIT_NAME}' of text; use all, or remove the file"
             )
         if split != "all" and all(has_split):
-            found = list(pool.map(lambda shard: _read_split(filesystem, shard), shards))
+            source = Source(root=path, columns=columns, schema=schemas[0])
+            found = list(pool.map(lambda shard: _read_split(source, shard), shards))
             values = set().union(*(group for groups in found for group in groups))
             chosen = _choose_split(values, place, split)
             if chosen != values:
@@ -151,10 +209,29 @@ def read_catalog(
                     for shard, groups in zip(shards, found, strict=True)
                 ]
     columns = replace(columns, status=all(_with_text(schemas, STATUS_NAME)))
-    catalog = Catalog(root=path, shards=tuple(shards), columns=columns, schema=schemas[0])
+    if _is_text(schemas[0].field(columns.image).type):
+        source = Source(root=path, columns=columns, schema=schemas[0])
+        _check_image_file(filesystem, source, shards[0])
+    source = Source(root=path, columns=columns, schema=schemas[0])
+    catalog = Catalog(sources=(source,), shards=tuple(shards))
     if catalog.num_rows == 0:
         raise UserError(f"{place}: {path} holds Parquet files but no rows")
     return catalog
+
+
+def _check_image_file(filesystem: pafs.FileSystem, source: Source, shard: Shard) -> None:
+    """A column of text must hold paths: the first one is looked for."""
+    name = source.columns.image
+    values = _read_column(source, shard, name, [0]) if shard.row_groups else pa.chunked_array([[]])
+    first = next((value for value in values.to_pylist() if value), None)
+    if first is None or "://" in first:
+        return
+    file = str(PurePosixPath(shard.path).parent / first)
+    if filesystem.get_file_info(file).type != pafs.FileType.File:
+        raise UserError(
+            f"data.image_column: '{name}' holds text, so it must be paths of image files, relative "
+            f"to the shard or absolute; '{first[:80]}' of {shard.path} is none: name another column"
+        )
 
 
 def _with_text(schemas: Sequence[pa.Schema], name: str) -> list[bool]:
@@ -163,12 +240,10 @@ def _with_text(schemas: Sequence[pa.Schema], name: str) -> list[bool]:
     ]
 
 
-def _read_split(filesystem: pafs.FileSystem, shard: Shard) -> list[Counter[str]]:
+def _read_split(source: Source, shard: Shard) -> list[Counter[str]]:
     """How many rows of each row group have which split."""
     return [
-        Counter(
-            str(value) for value in _read_column(filesystem, shard, SPLIT_NAME, [group]).to_pylist()
-        )
+        Counter(map(str, _read_column(source, shard, SPLIT_NAME, [group]).to_pylist()))
         for group in range(len(shard.row_groups))
     ]
 
@@ -365,14 +440,13 @@ def _holds_label(kind: pa.DataType) -> bool:
 
 def read_captions(catalog: Catalog, most: int) -> list[str]:
     """Read up to about `most` captions, spread evenly over the shards (for a tokenizer)."""
-    filesystem, _ = open_filesystem(catalog.root)
     share = max(1, most // len(catalog.shards))
     captions: list[str] = []
     for shard in catalog.shards:
+        source = catalog.sources[shard.source]
         enough = len(captions) + share
         for group in range(len(shard.row_groups)):
-            column = _read_column(filesystem, shard, catalog.columns.caption, [group],
-                                  catalog.columns.split)  # fmt: skip
+            column = _read_column(source, shard, source.columns.caption, [group])
             captions.extend(text for item in column.to_pylist() for text in as_captions(item))
             if len(captions) >= enough:
                 del captions[enough:]
@@ -382,11 +456,10 @@ def read_captions(catalog: Catalog, most: int) -> list[str]:
 
 def read_classes(catalog: Catalog, column: str) -> list[str]:
     """Give the distinct non-null values of a label column, sorted, as text."""
-    filesystem, _ = open_filesystem(catalog.root)
     values: set[str] = set()
     for shard in catalog.shards:
         groups = range(len(shard.row_groups))
-        cells = _read_column(filesystem, shard, column, groups, catalog.columns.split)
+        cells = _read_column(catalog.sources[shard.source], shard, column, groups)
         # Arrow's text of a value, as the stream gives it: 1.0 is "1", True is "true".
         found = cells.unique().cast(pa.string()).to_pylist()
         values.update(value for value in found if value is not None)
@@ -394,13 +467,11 @@ def read_classes(catalog: Catalog, column: str) -> list[str]:
 
 
 def _read_column(
-    filesystem: pafs.FileSystem,
-    shard: Shard,
-    column: str,
-    groups: Sequence[int],
-    split: tuple[str, ...] = (),
+    source: Source, shard: Shard, column: str, groups: Sequence[int]
 ) -> pa.ChunkedArray:
-    """Read one column of a shard's row groups: the rows of a split, if one is given."""
+    """Read one column of a shard's row groups: the rows of the chosen split, if there is one."""
+    filesystem, _ = open_filesystem(source.root)
+    split = source.columns.split
 
     def read() -> pa.Table:
         with filesystem.open_input_file(shard.path) as file:
@@ -411,11 +482,12 @@ def _read_column(
         table = retried(read, shard.path, filesystem)
     except (OSError, pa.ArrowException) as error:
         raise UserError(
-            f"{shard.path}: column '{column}' cannot be read ({error}); the file is damaged: "
-            "restore or remove it"
+            f"{shard.path}: column '{column}' cannot be read ({explain(error)}); if the file is "
+            "damaged, restore or remove it"
         ) from error
     if split:
-        table = table.filter(pc.is_in(table.column(SPLIT_NAME).cast(pa.string()), pa.array(split)))  # pyright: ignore[reportAttributeAccessIssue]
+        kept = pc.is_in(table.column(SPLIT_NAME).cast(pa.string()), pa.array(split))  # pyright: ignore[reportAttributeAccessIssue]
+        table = table.filter(kept)
     return table.column(column)
 
 

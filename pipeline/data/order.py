@@ -4,7 +4,12 @@ An epoch is a sequence of positions 0..N-1. Row groups are permuted by (seed, ep
 into windows; inside a window all rows are permuted. So a position names one row, whatever the
 number of workers. A `Cursor` is the set of positions used in each epoch, as intervals.
 
-Enters: row-group sizes, seed. Leaves: windows, permutations, each rank's pieces, the cursor.
+Of a source with weight w and n rows an epoch takes the next round(w n) rows of an endless sequence
+of passes over the source, so that after any number of epochs no row was seen more than once more
+often than another of its source.
+
+Enters: row-group sizes, weights, seed. Leaves: windows, permutations, each rank's pieces, the
+cursor.
 Must not know: files, Ray, torch.
 """
 
@@ -29,16 +34,77 @@ class RowGroup:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Row groups read alike; each row is seen `weight` times an epoch, on the average."""
+
+    row_groups: tuple[RowGroup, ...]
+    weight: float = 1.0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the source."""
+        return sum(group.rows for group in self.row_groups)
+
+    @property
+    def rows_an_epoch(self) -> int:
+        """Rows that an epoch takes."""
+        return round(self.weight * self.rows)
+
+    def visits(self, seed: int, number: int, epoch: int) -> "list[Visit]":
+        """What an epoch takes, as row groups or parts of them; `number` is the source's own."""
+        rows = self.rows
+        start, end = epoch * self.rows_an_epoch, (epoch + 1) * self.rows_an_epoch
+        found: list[Visit] = []
+        for turn in range(start // rows, -(-end // rows)) if rows else ():
+            low, high = max(start - turn * rows, 0), min(end - turn * rows, rows)
+            groups = [group for group in self.row_groups if group.rows]
+            if (low, high) != (0, rows):
+                rng = np.random.default_rng([seed, number, turn, _CUT])
+                groups = [groups[index] for index in rng.permutation(len(groups))]
+            at = 0
+            for group in groups:
+                kept = max(low - at, 0), min(high - at, group.rows)
+                if kept[0] < kept[1]:
+                    found.append(Visit(group=group, turn=turn, kept=kept))
+                at += group.rows
+        return found
+
+
+_CUT = 7  # keeps the draws that cut a pass in parts apart from those of the order
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Visit:
+    """A row group in one turn (pass over its source); of its rows in random order, those `kept`."""
+
+    group: RowGroup
+    turn: int
+    kept: Interval
+
+    @property
+    def rows(self) -> int:
+        """Rows of the visit."""
+        return self.kept[1] - self.kept[0]
+
+    def chosen(self, seed: int) -> NDArray[np.int64]:
+        """The rows of the group that are visited, ascending."""
+        if self.rows == self.group.rows:
+            return np.arange(self.group.rows)
+        rng = np.random.default_rng([seed, self.turn, self.group.shard, self.group.index])
+        return np.sort(rng.permutation(self.group.rows)[self.kept[0] : self.kept[1]])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Window:
     """Row groups shuffled together; they hold positions start..start+rows-1 of the epoch."""
 
     start: int
-    row_groups: tuple[RowGroup, ...]
+    visits: tuple[Visit, ...]
 
     @property
     def rows(self) -> int:
         """Rows in the window."""
-        return sum(group.rows for group in self.row_groups)
+        return sum(visit.rows for visit in self.visits)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +120,7 @@ class Piece:
 class Order:
     """The order of a data set; `shuffle=False` keeps file order (for evaluation)."""
 
-    row_groups: tuple[RowGroup, ...]
+    sources: tuple[Source, ...]
     window_rows: int
     seed: int
     shuffle: bool = True
@@ -62,27 +128,31 @@ class Order:
     @cached_property
     def num_rows(self) -> int:
         """Rows in an epoch."""
-        return sum(group.rows for group in self.row_groups)
+        return sum(source.rows_an_epoch for source in self.sources)
 
     def windows(self, epoch: int) -> list[Window]:
         """Pack the epoch's permuted row groups into windows of at least `window_rows` rows.
 
         The last window may be smaller. O(row groups).
         """
-        groups = [group for group in self.row_groups if group.rows]
+        visits = [
+            visit
+            for number, source in enumerate(self.sources)
+            for visit in source.visits(self.seed, number, epoch)
+        ]
         if self.shuffle:
             rng = np.random.default_rng([self.seed, epoch])
-            groups = [groups[i] for i in rng.permutation(len(groups))]
+            visits = [visits[i] for i in rng.permutation(len(visits))]
         windows: list[Window] = []
         start, pending, rows = 0, [], 0
-        for group in groups:
-            pending.append(group)
-            rows += group.rows
+        for visit in visits:
+            pending.append(visit)
+            rows += visit.rows
             if rows >= self.window_rows:
-                windows.append(Window(start=start, row_groups=tuple(pending)))
+                windows.append(Window(start=start, visits=tuple(pending)))
                 start, pending, rows = start + rows, [], 0
         if pending:
-            windows.append(Window(start=start, row_groups=tuple(pending)))
+            windows.append(Window(start=start, visits=tuple(pending)))
         return windows
 
     def pieces(
@@ -149,7 +219,7 @@ class Cursor:
 
 
 def permutation(seed: int, epoch: int, window: Window, shuffle: bool) -> NDArray[np.int64]:
-    """Row of the window (row groups concatenated) at each of its positions; shape [rows]."""
+    """Row of the window (visits concatenated) at each of its positions; shape [rows]."""
     if not shuffle:
         return np.arange(window.rows)
     return np.random.default_rng([seed, epoch, window.start]).permutation(window.rows)

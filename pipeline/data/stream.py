@@ -26,8 +26,9 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.exceptions import RayTaskError
 
 from pipeline.data import image as image_module
-from pipeline.data.layout import Catalog, Columns, as_captions
-from pipeline.data.order import Cursor, Order, Piece, RowGroup, permutation
+from pipeline.data.layout import Catalog, Source, as_captions
+from pipeline.data.order import Cursor, Order, Piece, RowGroup, Visit, permutation
+from pipeline.data.order import Source as OrderedSource
 from pipeline.data.rows import Absence, read_rows
 from pipeline.data.storage import open_filesystem
 from pipeline.data.text import Tokenizer
@@ -102,12 +103,17 @@ class Tally:
 
 def make_order(catalog: Catalog, window_rows: int, seed: int, shuffle: bool = True) -> Order:
     """Give the order of a catalog's rows."""
-    groups = tuple(
-        RowGroup(shard=shard, index=index, rows=rows)
-        for shard, item in enumerate(catalog.shards)
-        for index, rows in enumerate(item.row_groups)
+    groups: list[list[RowGroup]] = [[] for _ in catalog.sources]
+    for shard, item in enumerate(catalog.shards):
+        groups[item.source] += [
+            RowGroup(shard=shard, index=index, rows=rows)
+            for index, rows in enumerate(item.row_groups)
+        ]
+    sources = tuple(
+        OrderedSource(row_groups=tuple(mine), weight=source.weight)
+        for mine, source in zip(groups, catalog.sources, strict=True)
     )
-    return Order(row_groups=groups, window_rows=window_rows, seed=seed, shuffle=shuffle)
+    return Order(sources=sources, window_rows=window_rows, seed=seed, shuffle=shuffle)
 
 
 def train_batches(
@@ -236,23 +242,20 @@ class _Pieces(Datasource):
 class _ReadPiece:
     """Reads a piece's row groups and gives its rows, encoded, in the order of their positions."""
 
-    root: str
-    paths: tuple[str, ...]
+    shards: tuple[tuple[Source, str], ...]  # of each visit of the window: its source, its path
     piece: Piece
     seed: int
     shuffle: bool
-    columns: Columns
     labels: tuple[str, ...]
 
     @staticmethod
     def of(catalog: Catalog, order: Order, piece: Piece, labels: tuple[str, ...]) -> "_ReadPiece":
+        shards = [catalog.shards[visit.group.shard] for visit in piece.window.visits]
         return _ReadPiece(
-            root=catalog.root,
-            paths=tuple(catalog.shards[group.shard].path for group in piece.window.row_groups),
+            shards=tuple((catalog.sources[shard.source], shard.path) for shard in shards),
             piece=piece,
             seed=order.seed,
             shuffle=order.shuffle,
-            columns=catalog.columns,
             labels=labels,
         )
 
@@ -263,8 +266,8 @@ class _ReadPiece:
     def __call__(self) -> Iterator[pa.Table]:
         window = self.piece.window
         table = pa.concat_tables(
-            self._read(path, group)
-            for path, group in zip(self.paths, window.row_groups, strict=True)
+            self._read(*shard, visit)
+            for shard, visit in zip(self.shards, window.visits, strict=True)
         )
         rows_of_positions = permutation(self.seed, self.piece.epoch, window, self.shuffle)
         low, high = (position - window.start for position in self.piece.positions)
@@ -273,19 +276,24 @@ class _ReadPiece:
             chunk = table.take(pa.array(rows_of_positions[positions]))
             yield chunk.append_column("position", pa.array(positions + window.start))
 
-    def _read(self, path: str, group: RowGroup) -> pa.Table:
-        filesystem, _ = open_filesystem(self.root)
-        table = read_rows(filesystem, path, group.index, self.columns, self.labels)
+    def _read(self, source: Source, path: str, visit: Visit) -> pa.Table:
+        filesystem, _ = open_filesystem(source.root)
+        group = visit.group
+        table = read_rows(filesystem, path, group.index, source.columns, self.labels)
         if table.num_rows != group.rows:
             raise RuntimeError(
                 f"{path}: row group {group.index} has {table.num_rows} rows, and had {group.rows} "
                 "when the run began; restore the file, or start a run with another name"
             )
+        chosen = visit.chosen(self.seed)
+        if visit.rows < group.rows:
+            table = table.take(pa.array(chosen))
         for name, values in (
-            ("epoch", np.full(group.rows, self.piece.epoch, np.int64)),
-            ("shard", np.full(group.rows, group.shard, np.int64)),
-            ("row_group", np.full(group.rows, group.index, np.int64)),
-            ("ordinal", np.arange(group.rows)),
+            ("epoch", np.full(visit.rows, self.piece.epoch, np.int64)),
+            ("turn", np.full(visit.rows, visit.turn, np.int64)),
+            ("shard", np.full(visit.rows, group.shard, np.int64)),
+            ("row_group", np.full(visit.rows, group.index, np.int64)),
+            ("ordinal", chosen),
         ):
             table = table.append_column(name, pa.array(values))
         return table
@@ -303,7 +311,7 @@ class _Decode:
         rows = table.num_rows
         identity = {
             name: table.column(name).to_numpy()
-            for name in ("epoch", "position", "shard", "row_group", "row", "ordinal")
+            for name in ("epoch", "turn", "position", "shard", "row_group", "row", "ordinal")
         }
         images = np.zeros((rows, recipe.image_size, recipe.image_size, 3), dtype=np.uint8)
         reasons = np.full(rows, GOOD, dtype=np.int8)
@@ -315,7 +323,8 @@ class _Decode:
             rng = np.random.default_rng(
                 [
                     recipe.seed,
-                    *(int(identity[name][row]) for name in ("epoch", "shard", "row_group", "row")),
+                    # A row that comes twice in an epoch comes in two turns.
+                    *(int(identity[name][row]) for name in ("turn", "shard", "row_group", "row")),
                 ]
             )
             captions = as_captions(caption_column[row].as_py())

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from pipeline.config.schema import Config
-from pipeline.data.layout import read_catalog
 from pipeline.errors import UserError
 from pipeline.tracking.tracker import check_reachable, tracking_uri
+from pipeline.train.preflight import read_train, read_val
 from pipeline.train.store import RunFolder
 
 PACKAGES = ("gammaray", "ray", "torch", "deepspeed", "pyarrow", "s3fs", "mlflow", "transformers")
@@ -86,19 +86,17 @@ def _shared_memory() -> Finding:
 
 def _places(config: Config) -> Iterator[Finding]:
     uri = tracking_uri(config.tracking.uri, config.cluster.storage)
-    data = config.data
 
-    def read(path: str, place: str) -> str:
-        return read_catalog(path, place, data.image_column, data.caption_column).describe()
+    def describe_val() -> str:
+        val = read_val(config)
+        return "none" if val is None else val.describe()
 
     checks = {
         "storage": lambda: _storage(config),
         "tracker": lambda: _tracker(uri),
-        "data.train": lambda: read(data.train, "data.train"),
+        "data.train": lambda: read_train(config.data).describe(),
+        "data.val": describe_val,
     }
-    if data.val is not None:
-        val = data.val
-        checks["data.val"] = lambda: read(val, "data.val")
     for name, check in checks.items():
         try:
             yield Finding(name=name, found=check(), is_ok=True)

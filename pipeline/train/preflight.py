@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch
 
 from pipeline.config.plan import Facts, Plan, find_contradictions, make_plan
-from pipeline.config.schema import Config
-from pipeline.data.layout import Catalog, read_captions, read_catalog, read_classes
+from pipeline.config.schema import Config, DataConfig
+from pipeline.data.layout import Catalog, mix, read_captions, read_catalog, read_classes
 from pipeline.data.text import Tokenizer, load_tokenizer, train_tokenizer
 from pipeline.errors import Problem, UserError, raise_problems
 from pipeline.evaluate.suite import Suite, make_recipe
@@ -69,17 +69,8 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Prepared:
     problems.attempt("cluster.storage", lambda: _check_places(config))
     problems.attempt("tracking.uri", lambda: _check_tracker(config))
     data = config.data
-    catalog = problems.attempt(
-        "data.train",
-        lambda: read_catalog(
-            data.train,
-            "data.train",
-            data.image_column,
-            data.caption_column,
-            split=data.train_split,
-        ),
-    )
-    val = problems.attempt("data.val", lambda: _read_val(config))
+    catalog = problems.attempt("data.train", lambda: read_train(data))
+    val = problems.attempt("data.val", lambda: read_val(config))
     classes = problems.attempt("evaluate.zero_shot", lambda: _read_classes(config, val))
     if catalog is not None and tokenizer is None:
         tokenizer = problems.attempt("data.tokenizer", lambda: _make_tokenizer(config, catalog))
@@ -108,7 +99,7 @@ def prepare_evaluation(config: Config, tokenizer: Tokenizer) -> Suite:
         problems.found.append(
             Problem(place="data.val", message="missing; give the rows to evaluate: data.val=FOLDER")
         )
-    val = problems.attempt("data.val", lambda: _read_val(config))
+    val = problems.attempt("data.val", lambda: read_val(config))
     classes = problems.attempt("evaluate.zero_shot", lambda: _read_classes(config, val))
     raise_problems(problems.found, "This evaluation cannot start")
     assert val is not None
@@ -174,7 +165,23 @@ def _check_tracker(config: Config) -> None:
     check_reachable(tracking_uri(uri, storage))
 
 
-def _read_val(config: Config) -> Catalog | None:
+def read_train(data: DataConfig) -> Catalog:
+    """All sources of training data. Raises `UserError`."""
+    catalogs = [
+        read_catalog(
+            source.path,
+            "data.train",
+            source.image_column or data.image_column,
+            source.caption_column or data.caption_column,
+            split=source.split or data.train_split,
+        )
+        for source in data.train
+    ]
+    return mix(catalogs, [source.weight for source in data.train], "data.train")
+
+
+def read_val(config: Config) -> Catalog | None:
+    """The evaluation data, if there is any, with the columns of its tasks. Raises `UserError`."""
     data = config.data
     if data.val is None:
         return None
@@ -221,8 +228,8 @@ def _make_tokenizer(config: Config, catalog: Catalog) -> Tokenizer:
     captions = read_captions(catalog, TOKENIZER_CAPTIONS)
     if not captions:
         raise UserError(
-            f"data.train: column '{catalog.columns.caption}' holds no text; name the caption "
-            "column with data.caption_column=..."
+            f"data.train: the caption column of {catalog.root} holds no text; name another with "
+            "data.caption_column=..."
         )
     return train_tokenizer(captions, config.data.vocab_size)
 
@@ -237,6 +244,7 @@ def _find_facts(
         module = build_pretraining(config, tokenizer)
     return Facts(
         train_rows=catalog.num_rows,
+        epoch_rows=catalog.rows_an_epoch,
         val_rows=val.num_rows if val is not None else 0,
         vocab_size=tokenizer.vocab_size,
         num_parameters=sum(parameter.numel() for parameter in module.parameters()),

@@ -222,7 +222,7 @@ class _Trainer:
         # Draws (sampled u) follow from (seed, step, rank), so a resumed run repeats them.
         seeds = np.random.SeedSequence([config.train.seed, progress.step, self.rank])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
-        if progress.samples % plan.train_rows < plan.global_batch:
+        if progress.samples % plan.epoch_rows < plan.global_batch:
             # About where an epoch begins, at the same step on every rank.
             self.loss.share(self.engine.gather)
         factor = lr_factor(
@@ -264,7 +264,7 @@ class _Trainer:
             point["train/samples_per_s_per_worker"] = rates["samples_per_s"] / self.world_size
             point["train/learning_rate"] = self.learning_rate
             point["train/step"] = progress.step
-            point["train/epoch"] = progress.samples / self.job.plan.train_rows
+            point["train/epoch"] = progress.samples / self.job.plan.epoch_rows
             point["train/nonfinite_steps"] = progress.nonfinite_steps
             point["data/cut_caption_share"] = cut / max(rows, 1)
             point["data/bad_rows/all"] = sum(bad)

@@ -28,7 +28,14 @@ LOSSES: dict[str, dict[str, Any]] = {
     "fastclip_v1": {},
     "fastclip_v3": {"rho": RHO},
 }
-FACTS = Facts(train_rows=GLOBAL_BATCH, val_rows=0, vocab_size=300, num_parameters=1, embed_dim=16)
+FACTS = Facts(
+    train_rows=GLOBAL_BATCH,
+    epoch_rows=GLOBAL_BATCH,
+    val_rows=0,
+    vocab_size=300,
+    num_parameters=1,
+    embed_dim=16,
+)
 CASES: list[Case] = [(stage, kind, 1) for kind in list(LOSSES)[:3] for stage in STAGES]
 CASES += [(1, kind, 1) for kind in list(LOSSES)[3:]]
 CASES += [(stage, kind, 1) for kind in ("sigmoid_ring", "fastclip_v1") for stage in (0, 2, 3)]

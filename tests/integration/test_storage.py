@@ -73,7 +73,7 @@ def _read(url: str) -> list[dict[str, list]]:
         row
         for shard in catalog.shards
         for group in range(len(shard.row_groups))
-        for row in read_rows(filesystem, shard.path, group, catalog.columns).to_pylist()
+        for row in read_rows(filesystem, shard.path, group, catalog.sources[0].columns).to_pylist()
     ]
 
 
@@ -95,7 +95,7 @@ def test_expired_credentials_are_named_at_once(bad_weather: s3.Proxy, table: pa.
     bad_weather.spoil = lambda path, count: s3.expired
     said = r"pairs/set/0.parquet.*AWS Error .*the storage refuses these credentials: renew them"
     with pytest.raises(RuntimeError, match=rf"{said}"):
-        read_rows(filesystem, catalog.shards[0].path, 0, catalog.columns)
+        read_rows(filesystem, catalog.shards[0].path, 0, catalog.sources[0].columns)
     assert bad_weather.spoiled == 1, "what will not pass is not tried again"
     with pytest.raises(UserError, match=r"^data.train: .*refuses these credentials"):
         read_catalog("s3://pairs/set", "data.train")

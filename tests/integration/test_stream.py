@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.layout import read_catalog
+from pipeline.data.layout import mix, read_catalog
 from pipeline.data.order import Cursor, as_intervals
 from pipeline.data.stream import Batch, Recipe, eval_batches, make_order, train_batches
 from pipeline.data.text import train_tokenizer
@@ -135,6 +136,38 @@ def test_one_caption_of_several_is_drawn_each_epoch(tmp_path: Path) -> None:
     assert set(first) != set(second)
     drawn_late = sum(text in CAPTIONS[30:] for text in first)
     assert 5 <= drawn_late <= 25
+
+
+def test_sources_are_mixed_exactly_each_with_its_own_columns(tmp_path: Path) -> None:
+    """60 rows seen half, 6 rows seen twice: 42 an epoch; two epochs see all of the first once."""
+    large = write_pairs(tmp_path / "large", 60, shards=3, caption=CAPTIONS)
+    small = write_pairs(tmp_path / "small", 6)
+    (shard,) = small.glob("*.parquet")
+    images = pq.read_table(shard)["image"]
+    pq.write_table(pa.table({"jpg": images, "words": [["picture number 60"]] * 6}), shard)
+    parts = [
+        read_catalog(str(large), "data.train"),
+        read_catalog(str(small), "data.train", caption="words"),
+    ]
+    catalog = mix(parts, [0.5, 2.0], "data.train")
+    order = make_order(catalog, window_rows=16, seed=0)
+    assert order.num_rows == catalog.rows_an_epoch == 42
+    seen: dict[int, Counter[int]] = {0: Counter(), 1: Counter()}
+    for rank in range(2):
+        stream = train_batches(
+            catalog, order, _recipe(), Cursor(digest=catalog.digest), world_size=2, rank=rank,
+            batch_size=7, ingest_cpus=1,
+        )  # fmt: skip
+        for batch in itertools.islice(stream, 6):  # 21 rows an epoch: no batch lies in two
+            (epoch,) = batch.used
+            keys = batch.keys.tolist()
+            seen[epoch].update(keys)
+            numbers = [int(text.split()[-1]) for text in _texts(batch)]
+            assert numbers == [min(key, 60) for key in keys]
+    for counts in seen.values():
+        assert [counts[key] for key in range(60, 66)] == [2] * 6
+        assert sum(counts[key] for key in range(60)) == 30
+    assert all(seen[0][key] + seen[1][key] == 1 for key in range(60))
 
 
 def test_evaluation_reads_in_order_pads_and_keeps_every_caption(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 
 import numpy as np
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from pipeline.data.order import (
     Cursor,
     Order,
     RowGroup,
+    Source,
     as_intervals,
     complement,
     permutation,
@@ -21,47 +23,93 @@ from pipeline.data.order import (
 intervals = st.lists(
     st.tuples(st.integers(0, 60), st.integers(0, 12)).map(lambda p: (p[0], p[0] + p[1])), max_size=8
 )
+
+
+def _sources(sizes: list[list[int]], weights: list[float]) -> tuple[Source, ...]:
+    """Sources of shards of three row groups each."""
+    sources: list[Source] = []
+    first = 0
+    for mine, weight in zip(sizes, weights, strict=False):
+        groups = [
+            RowGroup(shard=first + i // 3, index=i % 3, rows=rows) for i, rows in enumerate(mine)
+        ]
+        sources.append(Source(row_groups=tuple(groups), weight=weight))
+        first += len(mine)
+    return tuple(sources)
+
+
+sizes = st.lists(st.integers(0, 20), min_size=1, max_size=10).filter(any)
+weights = st.sampled_from([1.0, 1.0, 2.0, 0.5, 0.3, 1.7])
 orders = st.builds(
-    lambda sizes, window, seed: Order(
-        row_groups=tuple(
-            RowGroup(shard=i // 3, index=i % 3, rows=rows) for i, rows in enumerate(sizes)
-        ),
-        window_rows=window,
-        seed=seed,
+    lambda sizes, weights, window, seed: Order(
+        sources=_sources(sizes, weights), window_rows=window, seed=seed
     ),
-    st.lists(st.integers(0, 20), min_size=1, max_size=10).filter(any),
+    st.lists(sizes, min_size=1, max_size=3),
+    st.lists(weights, min_size=3, max_size=3),
     st.integers(1, 40),
     st.integers(0, 5),
-)
+).filter(lambda order: order.num_rows > 0)
+
+Row = tuple[int, int, int]
 
 
-def _rows_at(order: Order, epoch: int) -> list[tuple[int, int, int]]:
-    """The row at every position of an epoch."""
+def _rows_at(order: Order, epoch: int) -> list[tuple[Row, int]]:
+    """The row at every position of an epoch, and in which turn of its source."""
     rows = []
     for window in order.windows(epoch):
-        inside = [(g.shard, g.index, row) for g in window.row_groups for row in range(g.rows)]
+        inside = [
+            ((visit.group.shard, visit.group.index, int(row)), visit.turn)
+            for visit in window.visits
+            for row in visit.chosen(order.seed)
+        ]
         rows += [inside[i] for i in permutation(order.seed, epoch, window, order.shuffle)]
     return rows
 
 
+def _rows_of(source: Source) -> set[Row]:
+    return {(g.shard, g.index, row) for g in source.row_groups for row in range(g.rows)}
+
+
 @given(orders, st.integers(0, 3))
-def test_an_epoch_is_a_permutation_of_the_rows(order: Order, epoch: int) -> None:
-    every = {(g.shard, g.index, row) for g in order.row_groups for row in range(g.rows)}
+def test_an_epoch_takes_of_each_source_what_its_weight_says(order: Order, epoch: int) -> None:
+    """With weights of 1 it is a permutation of all rows; never a row twice in one turn."""
     rows = _rows_at(order, epoch)
     assert len(rows) == order.num_rows
-    assert set(rows) == every
+    assert len(set(rows)) == len(rows)
+    for source in order.sources:
+        mine = Counter(row for row, _ in rows if row in _rows_of(source))
+        assert mine.total() == round(source.weight * source.rows)
+        if source.weight == 1:
+            assert set(mine) == _rows_of(source)
     starts = [window.start for window in order.windows(epoch)]
     assert starts == list(np.cumsum([0, *(w.rows for w in order.windows(epoch))])[:-1])
 
 
+@given(orders, st.integers(1, 6))
+def test_over_epochs_no_row_of_a_source_falls_behind(order: Order, epochs: int) -> None:
+    """Each turn of a source is a whole pass, cut between epochs."""
+    seen = [row for epoch in range(epochs) for row in _rows_at(order, epoch)]
+    assert len(set(seen)) == len(seen)
+    counts = Counter(row for row, _ in seen)
+    for source in order.sources:
+        mine = [counts[row] for row in _rows_of(source)]
+        assert not mine or max(mine) - min(mine) <= 1
+
+
 def test_order_depends_on_seed_and_epoch() -> None:
-    groups = tuple(RowGroup(shard=0, index=i, rows=10) for i in range(10))
-    first = Order(row_groups=groups, window_rows=20, seed=0)
+    sources = _sources([[10] * 10], [1.0])
+    first = Order(sources=sources, window_rows=20, seed=0)
     assert _rows_at(first, 0) == _rows_at(first, 0)
     assert _rows_at(first, 0) != _rows_at(first, 1)
-    assert _rows_at(first, 0) != _rows_at(Order(row_groups=groups, window_rows=20, seed=1), 0)
-    in_order = Order(row_groups=groups, window_rows=20, seed=0, shuffle=False)
+    assert _rows_at(first, 0) != _rows_at(Order(sources=sources, window_rows=20, seed=1), 0)
+    in_order = Order(sources=sources, window_rows=20, seed=0, shuffle=False)
     assert _rows_at(in_order, 0) == sorted(_rows_at(in_order, 0))
+    halves = _sources([[10] * 10], [0.5])
+    mixed = (
+        Order(sources=halves, window_rows=20, seed=0),
+        Order(sources=halves, window_rows=20, seed=1),
+    )
+    assert {row for row, _ in _rows_at(mixed[0], 0)} != {row for row, _ in _rows_at(mixed[1], 0)}
 
 
 @given(intervals)

@@ -50,7 +50,7 @@ def test_local_paths_become_absolute_and_urls_stay(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = parse_config(tiny_values(data={"train": "a/b", "val": "s3://bucket/x"}), "test")
-    assert config.data.train == str(tmp_path / "a/b")
+    assert config.data.train[0].path == str(tmp_path / "a/b")
     assert config.data.val == "s3://bucket/x"
     assert config.cluster.storage == str(tmp_path / "runs")
 
@@ -139,3 +139,20 @@ def test_every_shipped_config_is_valid() -> None:
     assert paths
     for path in paths:
         load_config(path)
+
+
+def test_training_data_is_one_path_or_a_list_of_sources() -> None:
+    one = tiny_config(data={"train": "a/b"})
+    (source,) = one.data.train
+    assert (source.path, source.weight) == (str(Path("a/b").absolute()), 1.0)
+    values = [{"path": "s3://x/y", "weight": 2, "caption_column": "alt"}, {"path": "z"}]
+    first, second = tiny_config(data={"train": values}).data.train
+    assert (first.path, first.weight, first.caption_column) == ("s3://x/y", 2.0, "alt")
+    assert Path(second.path).is_absolute()
+    for wrong, message in (
+        ([], "data.train: .*at least 1 item"),
+        ([{"path": "a", "wieght": 2}], r"data.train.0.wieght: unknown key; did you mean .*weight"),
+        ([{"path": "a", "weight": 0}], r"data.train.0.weight: is 0; .*greater than 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tiny_config(data={"train": wrong})

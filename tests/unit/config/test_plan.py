@@ -6,7 +6,14 @@ from pipeline.config.plan import Facts, find_contradictions, make_plan
 from pipeline.config.schema import LossKind
 from tests.tiny import tiny_config
 
-FACTS = Facts(train_rows=1000, val_rows=100, vocab_size=300, num_parameters=10_000, embed_dim=16)
+FACTS = Facts(
+    train_rows=1000,
+    epoch_rows=1000,
+    val_rows=100,
+    vocab_size=300,
+    num_parameters=10_000,
+    embed_dim=16,
+)
 
 
 def _places(config) -> list[str]:

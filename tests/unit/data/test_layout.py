@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.layout import as_captions, read_captions, read_catalog, read_classes
+from pipeline.data.layout import as_captions, mix, read_captions, read_catalog, read_classes
 from pipeline.errors import UserError
 
 IMAGES = pa.array([b"one", b"two"])
@@ -23,7 +23,7 @@ def _pairs(path: Path, **columns: object) -> Path:
 
 
 def _columns(path: Path, **given: str) -> tuple[str, str]:
-    columns = read_catalog(str(path), "data.train", **given).columns
+    columns = read_catalog(str(path), "data.train", **given).sources[0].columns
     return columns.image, columns.caption
 
 
@@ -152,7 +152,7 @@ def test_a_split_column_filters(
 ) -> None:
     _pairs(tmp_path / "0.parquet", split=values)
     catalog = read_catalog(str(tmp_path), place, split=asked)
-    assert catalog.columns.split == chosen
+    assert catalog.sources[0].columns.split == chosen
     kept = [value in chosen for value in values] if chosen else [True, True]
     assert catalog.num_rows == sum(kept)
     assert read_captions(catalog, 9) == [
@@ -265,10 +265,28 @@ def test_row_groups_bytes_and_description(tmp_path: Path) -> None:
     catalog = read_catalog(str(path), "data.train")
     assert catalog.shards[0].row_groups == (2, 2, 1)
     assert catalog.num_bytes == path.stat().st_size
-    assert catalog.schema.names == ["image", "caption"]
+    assert catalog.sources[0].schema.names == ["image", "caption"]
     assert catalog.shards[0].num_rows == 5
     assert len(catalog.shards[0].group_bytes) == 3
     assert "5 rows in 1 Parquet shard(s)" in catalog.describe()
+
+
+def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
+    """Each keeps its own columns; the digest follows the weights."""
+    _pairs(tmp_path / "a" / "0.parquet")
+    _write(tmp_path / "b" / "0.parquet", jpg=pa.array([b"x"] * 5), text=list("vwxyz"))
+    parts = [read_catalog(str(tmp_path / name), "data.train") for name in "ab"]
+    catalog = mix(parts, [2.0, 0.6], "data.train")
+    assert (catalog.num_rows, catalog.rows_an_epoch) == (7, 4 + 3)
+    assert [shard.source for shard in catalog.shards] == [0, 1]
+    assert [source.columns.image for source in catalog.sources] == ["image", "jpg"]
+    assert sorted(read_captions(catalog, 99)) == ["a", "b", *"vwxyz"]
+    assert "seen 2 times an epoch; 5 rows in 1 " in catalog.describe()
+    digests = {mix(parts, [2.0, weight], "").digest for weight in (0.6, 1.0, 3.0)}
+    assert len(digests | {parts[0].digest}) == 4
+    assert mix(parts[:1], [1.0], "").digest == parts[0].digest
+    with pytest.raises(UserError, match=r"^data.train.1.weight: is 0.01; of the 5 rows at .*b an "):
+        mix(parts, [1.0, 0.01], "data.train")
 
 
 def test_digest_follows_the_shards_and_nothing_else(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def _read(folder: Path, columns: dict[str, Any], **given: Any) -> list[dict[str,
     pq.write_table(pa.table(columns), folder / "0.parquet")
     catalog = read_catalog(str(folder), "data.train", **given)
     (shard,) = catalog.shards
-    table = read_rows(pafs.LocalFileSystem(), shard.path, 0, catalog.columns)
+    table = read_rows(pafs.LocalFileSystem(), shard.path, 0, catalog.sources[0].columns)
     assert table.num_rows == shard.row_groups[0]
     return table.to_pylist()
 
@@ -111,7 +111,7 @@ def test_files_may_differ_in_their_types(tmp_path: Path) -> None:
             pq.write_table(pa.table(LAYOUTS[name]), tmp_path / f"{index}.parquet")
     catalog = read_catalog(str(tmp_path), "data.train")
     tables = [
-        read_rows(pafs.LocalFileSystem(), shard.path, 0, catalog.columns)
+        read_rows(pafs.LocalFileSystem(), shard.path, 0, catalog.sources[0].columns)
         for shard in catalog.shards
     ]
     assert len(tables) == 3
@@ -126,4 +126,4 @@ def test_an_unreadable_row_group_is_named(tmp_path: Path) -> None:
     content[4:64] = b"\xff" * 60
     path.write_bytes(content)
     with pytest.raises(RuntimeError, match=r"0\.parquet: row group 0 cannot be read: "):
-        read_rows(pafs.LocalFileSystem(), str(path), 0, catalog.columns)
+        read_rows(pafs.LocalFileSystem(), str(path), 0, catalog.sources[0].columns)
