@@ -371,6 +371,118 @@ def demo(
     console.print(f"Demo data in {out}: {splits} ({summary.bytes / 1e6:.0f} MB), {done}.")
 
 
+@data_app.command("prepare")
+def prepare_data(
+    context: typer.Context,
+    source: Annotated[
+        str,
+        typer.Argument(metavar="IN", help="Folder, file, glob or URL: Parquet, tar, CSV, JSON."),
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of the shards.")],
+    short_side: Annotated[
+        int, typer.Option(min=16, help="Larger pictures are shrunk to this many pixels.")
+    ] = 288,
+    images: Annotated[
+        str, typer.Option(help="Folder of a table's image paths; else the table's own.")
+    ] = "",
+    image_column: Annotated[
+        str, typer.Option(help="Column (or ending in tars) of images.")
+    ] = "auto",
+    caption_column: Annotated[str, typer.Option(help="Column of captions.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Another seed, another order.")] = 0,
+) -> None:
+    """Turn pairs of any form into shuffled Parquet shards of small pictures.
+
+    The same command goes on with a job that was stopped.
+    """
+    from pipeline.data.prepare import OnRay, Options, PrepareFailed, prepare
+
+    console: Console = context.obj
+    options = Options(
+        short_side=short_side,
+        seed=seed,
+        image_column=image_column,
+        caption_column=caption_column,
+        images=images,
+    )
+    try:
+        with _Bar(console) as bar, OnRay() as run:
+            outcome = prepare(source, out, options, run, bar)
+    except PrepareFailed as error:
+        console.print(f"[bold red]failed[/] {_plain(str(error))}")
+        console.print("The same command goes on with what is missing.")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command goes on with what is missing.")
+        sys.exit(130)
+    _print_prepared(console, outcome)
+
+
+class _Bar:
+    """Work of several kinds, one after the other: a bar on a terminal, lines elsewhere."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task: Any = None
+        self._what = ""
+        self._next_line = 0.0
+
+    def __enter__(self) -> "_Bar":
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(_plain(text), soft_wrap=True)
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """Show that `done` of `total` is done."""
+        if what != self._what:
+            self._what, self._next_line = what, 0.0
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._task = self._progress.add_task(what, total=max(1, total))
+        self._progress.update(self._task, completed=done)
+        if not self._console.is_terminal and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + 10
+            self.say(f"{what} {100 * done / max(1, total):.0f}%")
+
+
+def _print_prepared(console: Console, outcome: Any) -> None:
+    stats = outcome.stats
+    done = "" if outcome.created else " It was finished already; nothing to do."
+    lines = [
+        f"{stats['rows_out']:,} of {stats['rows_in']:,} rows in {len(stats['shards'])} shard(s) at "
+        f"{outcome.out} ({stats['image_bytes'] / 1e6:,.1f} MB of images).{done}",
+        f"Images kept as they were: {stats['images_kept']:,}; shrunk or encoded anew: "
+        f"{stats['images_encoded']:,}.",
+        f"Content hash {stats['content_hash']}",
+    ]
+    if stats["dropped"]:
+        reasons = ", ".join(f"{name} {count:,}" for name, count in stats["dropped"].items())
+        lines.insert(1, f"Dropped: {reasons}; {outcome.out}/{stats['quarantine']} lists them.")
+    if stats["further_images_left_out"]:
+        lines.insert(2, "Rows had several images; the first of each was taken, "
+                        f"{stats['further_images_left_out']:,} left out.")  # fmt: skip
+    lines.append(f"Next: gammaray train CONFIG data.train={outcome.out}")
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
+
+
 @data_app.command()
 def inspect(
     context: typer.Context,
@@ -401,7 +513,9 @@ def inspect(
 
 def _print_inspection(console: Console, found: Any) -> None:
     console.print(_plain(found.catalog.describe() + "."), soft_wrap=True)
-    schema = ", ".join(f"{column.name}: {column.type}" for column in found.catalog.schema)
+    schema = ", ".join(
+        f"{column.name}: {column.type}" for column in found.catalog.sources[0].schema
+    )
     console.print(_plain(f"Columns: {schema}"), soft_wrap=True)
     table = Table(title=f"A sample of {found.rows_read:,} rows", title_justify="left",
                   show_edge=False)  # fmt: skip

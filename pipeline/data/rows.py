@@ -150,8 +150,11 @@ def _fetch(
 
         try:
             return retried(content, inner, where)
-        except (OSError, pa.ArrowException):
+        except FileNotFoundError:
             return None
+        except (OSError, pa.ArrowException) as error:
+            # Not the row's fault: to drop it would lose a good one to a bad moment.
+            raise RuntimeError(f"{inner}: cannot be read: {explain(error)}") from error
 
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         fetched = list(pool.map(read, paths))
