@@ -72,8 +72,8 @@ class Setting:
     local_batch: int = 8
     queue: int = 1024  # pairs a worker
     steps: int = 2000
-    matrix_rate: float = 0.5
-    scale_rate: float = 0.7
+    matrix_rate: float = 0.2
+    scale_rate: float = 0.2
     prior_rate: float = 1e-3  # Adam's, of the amortized prior
     largest_scale: float = 100.0
     largest_initial_scale: float = 20.0

@@ -232,7 +232,7 @@ def _of(everyone: Sequence[Any], peers: Sequence[int]) -> list[Any]:
 class _Exact(Evidence):
     """Trusts the prior alone."""
 
-    def update(self, sampling: float, miss: float, num_negatives: int, num_virtual: int) -> float:
+    def update(self, sampling: float, miss: float, num_negatives: int, num_virtual: float) -> float:
         """Give next to nothing for the batch."""
         del sampling, miss, num_negatives, num_virtual
         return 1e-6

@@ -242,12 +242,14 @@ class GammaLoss:
         metrics: dict[str, Tensor] = {}
         if log_z is not None:
             log_z = log_z.detach().to(log_mean.dtype)
+            worth = math.inf if self.prior is None else self.prior.most_worth
+            most = min(num_virtual, num_negatives + worth)
             miss = log_mean - log_z
             noise = sums.half_difference.square().mean(1) / 4
             measured = torch.stack([noise, miss.square().mean(1)], dim=1).tolist()
             weight = log_mean.new_tensor(
                 [
-                    evidence.update(sampling, error, num_negatives, num_virtual)
+                    evidence.update(sampling, error, num_negatives, most)
                     for evidence, (sampling, error) in zip(
                         (self.image_evidence, self.text_evidence), measured, strict=True
                     )

@@ -47,7 +47,7 @@ class Evidence:
     miss: float = 0.0
     weight: float = 0.0  # total weight of the running averages: corrects their start from zero
 
-    def update(self, sampling: float, miss: float, num_negatives: int, num_virtual: int) -> float:
+    def update(self, sampling: float, miss: float, num_negatives: int, num_virtual: float) -> float:
         """Take a batch into the averages and give g in [n/K, 1]; 0 when there are no negatives.
 
         `sampling` is the batch's own estimate of v, `miss` its mean square of (log-mean-exp less
@@ -87,7 +87,7 @@ class CountedEvidence(Evidence):
     of the K are as likely to be the batch, so the expected gradient is that of InfoNCE on K.
     """
 
-    def update(self, sampling: float, miss: float, num_negatives: int, num_virtual: int) -> float:
+    def update(self, sampling: float, miss: float, num_negatives: int, num_virtual: float) -> float:
         """Give n/K."""
         del sampling, miss
         return num_negatives / num_virtual

@@ -35,6 +35,11 @@ class Observation:
 class Prior(Protocol):
     """A belief held by this worker. A trained one is a module of the model instead: see below."""
 
+    @property
+    def most_worth(self) -> float:
+        """The most negatives that it can stand for now."""
+        ...
+
     def predict(
         self, image: Tensor, text: Tensor, scale: Tensor, keys: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -80,6 +85,11 @@ class QueuePrior:
         self._keys = torch.full((size,), -1)
         self._held = 0
         self._next = 0
+
+    @property
+    def most_worth(self) -> float:
+        """The pairs it holds: until it is full it knows less than it will."""
+        return self._held
 
     def predict(
         self, image: Tensor, text: Tensor, scale: Tensor, keys: Tensor | None
@@ -170,6 +180,11 @@ class HistoryPrior:
         self._level: list[float | None] = [None, None]
         self._mean_tilt = [0.0, 0.0]
         self._new: list[Tensor] = []
+
+    @property
+    def most_worth(self) -> float:
+        """No bound: what it remembers may come from many batches."""
+        return math.inf
 
     def predict(
         self, image: Tensor, text: Tensor, scale: Tensor, keys: Tensor | None

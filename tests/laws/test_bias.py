@@ -151,6 +151,22 @@ def test_queue_with_another_weight_is_biased() -> None:
     assert mean.sum() < 0.97 * repulsion, "more weight to the batch than its share: under-repels"
 
 
+def test_a_queue_counts_for_no_more_than_it_holds() -> None:
+    """Or else the first batches, weighed by a nearly empty queue, throw the model far off."""
+    loss = GammaLoss(
+        virtual_batch=104,
+        prior=QueuePrior(100, 4),
+        image_evidence=CountedEvidence(),
+        text_evidence=CountedEvidence(),
+    )
+    generator = torch.Generator().manual_seed(0)
+    for held in (0, 4, 8, 12):
+        image, text = _unit(4, 4, generator), _unit(4, 4, generator)
+        metrics = loss(image, text, torch.tensor(5.0, dtype=torch.float64)).metrics
+        weight = metrics.get("prior_batch_weight_text", torch.ones(()))
+        assert weight.item() == pytest.approx(3 / (3 + held))
+
+
 def test_counted_evidence_is_the_batchs_share() -> None:
     assert CountedEvidence().update(0.0, 1.0, 3, 1031) == 3 / 1031
 
