@@ -395,7 +395,8 @@ def prepare_data(
 
     The same command goes on with a job that was stopped.
     """
-    from pipeline.data.prepare import OnRay, Options, PrepareFailed, prepare
+    from pipeline.data.prepare.job import Options, prepare
+    from pipeline.data.prepare.on_ray import OnRay, PrepareFailed
 
     console: Console = context.obj
     options = Options(

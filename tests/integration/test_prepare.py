@@ -12,7 +12,8 @@ import pytest
 import simplejpeg
 
 from pipeline.data.layout import read_catalog
-from pipeline.data.prepare import OnRay, Options, PrepareFailed, Sizes, prepare
+from pipeline.data.prepare.job import Options, Sizes, prepare
+from pipeline.data.prepare.on_ray import OnRay, PrepareFailed
 from tests.integration.run_cli import kill_group, run, wait_for
 
 pytestmark = pytest.mark.integration
@@ -43,7 +44,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # A driver whose tasks take their time, so that it can be killed between two of them.
 SCRIPT = """
 import sys, time
-from pipeline.data.prepare import OnRay, Options, Sizes, prepare
+from pipeline.data.prepare.job import Options, Sizes, prepare
+from pipeline.data.prepare.on_ray import OnRay
 
 sizes = Sizes(part=100_000, bucket=50_000, shard=100_000, row_group=50_000)
 with OnRay() as run:

@@ -31,7 +31,7 @@ def test_only_comparators_reach_torch_distributed(path: Path) -> None:
 
 
 HOMES = {
-    "ray.data": ("pipeline/data/stream.py", "pipeline/data/prepare.py"),
+    "ray.data": ("pipeline/data/stream.py", "pipeline/data/prepare/on_ray.py"),
     "deepspeed": "pipeline/engine/",
     "mlflow": "pipeline/tracking/",
 }

@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from pipeline.data.layout import read_catalog
-from pipeline.data.prepare import Options, Outcome, Sizes, order_of, prepare
+from pipeline.data.prepare.job import Options, Outcome, Sizes, prepare
+from pipeline.data.prepare.scatter import order_of
+from pipeline.data.prepare.store import Store
 from pipeline.errors import UserError
 from tests.tiny_data import jpeg, write_pairs
 
@@ -261,12 +263,10 @@ def test_a_job_killed_anywhere_goes_on_to_the_same_content(pairs: Path, tmp_path
 def test_a_job_killed_while_it_shows_its_shards(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
 ) -> None:
-    from pipeline.data import prepare as module
-
-    move = module._Store.move
+    move = Store.move
     done: list[str] = []
 
-    def stop(store: Any, name: str, target: str) -> None:
+    def stop(store: Store, name: str, target: str) -> None:
         if len(done) == moves:
             raise _Killed
         done.append(name)
@@ -274,7 +274,7 @@ def test_a_job_killed_while_it_shows_its_shards(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(module._Store, "move", stop)
+        patch.setattr(Store, "move", stop)
         with pytest.raises(_Killed):
             _prepare(pairs, out)
     assert len(list(out.glob("part-*"))) == moves

@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.data.sources import Origin, SourceRow, find_files, open_origin
+from pipeline.data.prepare.files import find_files
+from pipeline.data.prepare.sources import Origin, open_origin
+from pipeline.data.prepare.units import SourceRow
 from pipeline.errors import UserError
 from tests.tiny_data import jpeg
 

@@ -1,0 +1,1 @@
+"""Pairs of any form -> shuffled Parquet shards of small pictures; `job` tells how."""
