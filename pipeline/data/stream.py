@@ -3,7 +3,7 @@
 Each training worker runs its own stream over its share of the order, with block order preserved,
 so what a worker sees is a pure function of (seed, epoch, cursor, world size). Reading, decoding
 and tokenising happen in Ray Data tasks; the worker only copies rows into batches.
-The one file that knows ray.data. Must not know: the model, the loss, the trainer.
+Must not know: the model, the loss, the trainer.
 """
 
 import itertools
@@ -332,11 +332,9 @@ class _Decode:
             reason: str | None = absences[row] or (None if captions else "empty_caption")
             if reason is None:
                 try:
-                    pixels = image_module.decode(encoded, recipe.background)
+                    images[row] = self._pixels(encoded, rng)
                 except image_module.BadImage as error:
                     reason = error.reason
-                else:
-                    images[row] = self._geometry(pixels, rng)
             if reason is not None:
                 reasons[row] = REASONS.index(reason)
             captions = captions or [""]
@@ -361,12 +359,12 @@ class _Decode:
             return there[0] if there else None
         return there[int(rng.integers(len(there)))]
 
-    def _geometry(self, pixels: image_module.Pixels, rng: np.random.Generator) -> NDArray[np.uint8]:
+    def _pixels(self, data: bytes | None, rng: np.random.Generator) -> image_module.Pixels:
         recipe = self._recipe
         if not recipe.train:
-            return image_module.eval_geometry(pixels, recipe.image_size)
-        return image_module.train_geometry(
-            pixels, recipe.image_size, recipe.crop_scale, recipe.flip, rng
+            return image_module.decode_eval(data, recipe.background, recipe.image_size)
+        return image_module.decode_train(
+            data, recipe.background, recipe.image_size, recipe.crop_scale, recipe.flip, rng
         )
 
     def _encode_more(self, more: list[list[str]]) -> NDArray[Any]:

@@ -8,14 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.data import image as image_module
 from pipeline.data.image import (
     MAX_PIXELS,
     RATIO,
     BadImage,
+    Pixels,
     _sample_crop,
     decode,
+    decode_eval,
+    decode_train,
     eval_geometry,
-    train_geometry,
 )
 
 WHITE = (255, 255, 255)
@@ -169,24 +172,25 @@ def test_two_pixels_a_side_are_enough() -> None:
     assert decode(_encode(_picture(2, 2), "PNG"), WHITE).shape == (2, 2, 3)
 
 
-def test_train_geometry_follows_the_generator_alone() -> None:
-    pixels = np.asarray(_picture())
-
-    def crop(seed: int) -> np.ndarray:
-        return train_geometry(pixels, 16, (0.2, 1.0), 0.5, np.random.default_rng(seed))
-
-    assert (crop(0) == crop(0)).all()
-    assert len({crop(seed).tobytes() for seed in range(20)}) > 10
+def _png(pixels: np.ndarray) -> bytes:
+    return _encode(Image.fromarray(pixels), "PNG", compress_level=0)
 
 
-def test_train_geometry_flips_with_the_given_probability() -> None:
-    pixels = np.asarray(_picture(32, 32))
+def _train(data: bytes, size: int, scale: tuple[float, float], flip: float, seed: int) -> Pixels:
+    return decode_train(data, WHITE, size, scale, flip, np.random.default_rng(seed))
 
-    def crop(flip: float) -> np.ndarray:
-        return train_geometry(pixels, 32, (1.0, 1.0), flip, np.random.default_rng(3))
 
-    assert (crop(0.0)[:, ::-1] == crop(1.0)).all()
-    assert crop(0.0)[0, 0, 0] < crop(0.0)[0, -1, 0]
+def test_train_crop_follows_the_generator_alone() -> None:
+    crops = [_train(_PNG, 16, (0.2, 1.0), 0.5, seed) for seed in range(20)]
+    assert (crops[0] == _train(_PNG, 16, (0.2, 1.0), 0.5, 0)).all()
+    assert len({crop.tobytes() for crop in crops}) > 10
+
+
+def test_train_crop_flips_with_the_given_probability() -> None:
+    data = _encode(_picture(32, 32), "PNG")
+    kept, flipped = (_train(data, 32, (1.0, 1.0), flip, 3) for flip in (0.0, 1.0))
+    assert (kept[:, ::-1] == flipped).all()
+    assert kept[0, 0, 0] < kept[0, -1, 0]
 
 
 sides = st.integers(2, 400)
@@ -217,11 +221,11 @@ def test_crop_is_inside_and_its_area_within_the_share(
 
 @settings(max_examples=50, deadline=None)
 @given(sides, sides, st.integers(1, 64), st.integers(0, 2**32 - 1))
-def test_train_geometry_gives_the_size_from_any_picture(
+def test_train_crop_has_the_size_from_any_picture(
     height: int, width: int, size: int, seed: int
 ) -> None:
     pixels = np.full((height, width, 3), (9, 99, 199), np.uint8)
-    crop = train_geometry(pixels, size, (0.1, 1.0), 0.5, np.random.default_rng(seed))
+    crop = _train(_png(pixels), size, (0.1, 1.0), 0.5, seed)
     assert crop.shape == (size, size, 3)
     assert crop.dtype == np.uint8
     assert crop.flags.c_contiguous
@@ -252,8 +256,108 @@ def test_eval_geometry_leaves_a_picture_of_the_right_size_alone() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(2, 2), (2, 300), (300, 2), (3, 1000), (17, 16)])
-def test_geometries_take_tiny_and_extreme_pictures(height: int, width: int) -> None:
+def test_tiny_and_extreme_pictures_are_taken(height: int, width: int) -> None:
     pixels = np.full((height, width, 3), 60, np.uint8)
-    rng = np.random.default_rng(0)
-    assert (eval_geometry(pixels, 16) == np.full((16, 16, 3), 60)).all()
-    assert (train_geometry(pixels, 16, (0.9, 1.0), 0.0, rng) == np.full((16, 16, 3), 60)).all()
+    for crop in (decode_eval(_png(pixels), WHITE, 16), _train(_png(pixels), 16, (0.9, 1.0), 0, 0)):
+        assert (crop == np.full((16, 16, 3), 60)).all()
+
+
+# ---- scaled decode -------------------------------------------------------------------------------
+
+
+def _sharp(width: int, height: int) -> Image.Image:
+    """Discs with hard edges on a slope of colour."""
+    rng = np.random.default_rng(5)
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([x * 255 / width, y * 255 / height, 0 * x + 90], axis=-1).astype(np.uint8)
+    for _ in range(12):
+        centre, radius = rng.uniform(0, (height, width)), rng.uniform(height / 12, height / 5)
+        pixels[np.hypot(y - centre[0], x - centre[1]) < radius] = rng.integers(0, 256, 3)
+    return Image.fromarray(pixels)
+
+
+def _difference(some: np.ndarray, other: np.ndarray) -> float:
+    assert some.shape == other.shape
+    return float(np.abs(some.astype(int) - other.astype(int)).mean())
+
+
+@pytest.fixture
+def factors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The factors at which JPEGs are decoded in the test."""
+    seen: list[int] = []
+
+    def decode_jpeg(data: bytes, header: image_module._JpegHeader, factor: int) -> Pixels:
+        seen.append(factor)
+        return original(data, header, factor)
+
+    original = image_module._decode_jpeg
+    monkeypatch.setattr(image_module, "_decode_jpeg", decode_jpeg)
+    return seen
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("width", "height", "factor"), [
+    (95, 80, 1), (96, 96, 2), (120, 101, 1), (112, 96, 2), (224, 192, 4), (512, 384, 8),
+    (514, 384, 1), (516, 384, 2),
+])  # fmt: skip
+def test_scaled_decode_shows_the_same_centre(
+    width: int, height: int, factor: int, orientation: int, factors: list[int]
+) -> None:
+    """A factor is used where it divides the edges of the centre; the picture stays the same."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = _sharp(width, height)
+    data = _encode(image, "JPEG", quality=95, exif=exif)
+    got = decode_eval(data, WHITE, 32)
+    assert factors == [factor]
+    upright = Image.fromarray(decode(data, WHITE))
+    left, top = (upright.width - height) / 2, (upright.height - height) / 2
+    left, top = max(left, 0), max(top, 0)
+    short = min(width, height)
+    box = (left, top, left + short, top + short)
+    expected = np.asarray(upright.resize((32, 32), Image.BICUBIC, box=box))
+    assert _difference(got, expected) < 3
+    assert _difference(got, eval_geometry(decode(data, WHITE), 32)) < 3
+
+
+@pytest.mark.parametrize(("orientation", "factor"), [(1, 2), (2, 1), (6, 1), (8, 1)])
+def test_a_turned_picture_is_scaled_only_where_its_pixels_stay_in_place(
+    orientation: int, factor: int, factors: list[int]
+) -> None:
+    """Of 113 pixels the 57th at half size shows one only: turned, it would come first."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = _encode(_sharp(113, 96), "JPEG", quality=95, exif=exif)
+    decode_eval(data, WHITE, 32)
+    assert factors == [factor]
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 6, 7])
+def test_the_train_crop_does_not_depend_on_the_format(orientation: int, factors: list[int]) -> None:
+    """The same draw from JPEG (scaled by any factor) and from PNG (whole): the same rectangle."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = _sharp(640, 480)
+    jpeg = _encode(image, "JPEG", quality=95, exif=exif)
+    png = _encode(image, "PNG", compress_level=0, exif=exif)
+    for seed in range(40):
+        pair = (_train(data, 32, (0.02, 1.0), 0.5, seed) for data in (jpeg, png))
+        assert _difference(*pair) < 4
+    assert set(factors) == {1, 2, 4, 8}
+
+
+def test_the_crop_of_a_scaled_decode_moves_less_than_a_pixel(factors: list[int]) -> None:
+    """Against the crop as it was drawn, resized from the whole picture."""
+    image = _sharp(700, 501)
+    data = _encode(image, "JPEG", quality=95)
+    whole = Image.fromarray(decode(data, WHITE))
+    for seed in range(20):
+        crop = _sample_crop(501, 700, (0.3, 1.0), np.random.default_rng(seed))
+        on_grid = image_module._on_grid(crop, 32)
+        step = min(crop.height, crop.width) / 32
+        assert all(0 <= drawn - used < step for drawn, used in zip(crop, on_grid, strict=True))
+        box = (on_grid.left, on_grid.top, on_grid.left + on_grid.width,
+               on_grid.top + on_grid.height)  # fmt: skip
+        expected = np.asarray(whole.resize((32, 32), Image.BICUBIC, box=box))
+        assert _difference(_train(data, 32, (0.3, 1.0), 0.0, seed), expected) < 3
+    assert set(factors[1:]) <= {4, 8}
