@@ -159,9 +159,10 @@ def _largest_factor(crop: Crop, size: int) -> int:
 
 
 def _on_grid(crop: Crop, size: int) -> Crop:
-    """The crop with edges at whole pixels of the scaled decode; moves each less than a pixel of the result.
+    """The crop with its edges at whole pixels of the scaled decode.
 
-    Whether the file is a JPEG plays no part: the same picture has the same crop in every format.
+    Each edge moves by less than a pixel of the result. Whether the file is a JPEG plays no part:
+    the same picture has the same crop in every format.
     """
     factor = _largest_factor(crop, size)
     return Crop(*(edge - edge % factor for edge in crop))
