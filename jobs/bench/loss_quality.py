@@ -522,7 +522,7 @@ def read_results(file: Path) -> dict[Run, dict[str, Any]]:
     return done
 
 
-Scores = dict[tuple[str, int, int, str], list[float]]  # task, W, b, loss -> recall@10 of each seed
+Scores = dict[tuple[str, int, int, str], dict[int, float]]  # task, W, b, loss -> seed -> recall@10
 
 
 def collect(done: dict[Run, dict[str, Any]]) -> Scores:
@@ -531,14 +531,17 @@ def collect(done: dict[Run, dict[str, Any]]) -> Scores:
     for run, result in done.items():
         if run.seed != TUNING_SEED:
             key = run.task, run.workers, run.local, run.loss
-            scores.setdefault(key, []).append(result["recall_at_10"])
+            scores.setdefault(key, {})[run.seed] = result["recall_at_10"]
     return scores
 
 
 def share(scores: Scores, task: str, shape: tuple[int, int], loss: str) -> float:
-    """Mean recall@10 as a share of all-gathered InfoNCE's; NaN while either is missing."""
-    found, whole = (scores.get((task, *shape, name)) for name in (loss, "InfoNCE gathered"))
-    return float(np.mean(found) / np.mean(whole)) if found and whole else math.nan
+    """Mean recall@10 as a share of all-gathered InfoNCE's, over the seeds that both have."""
+    found, whole = (scores.get((task, *shape, name), {}) for name in (loss, "InfoNCE gathered"))
+    seeds = found.keys() & whole.keys()
+    if not seeds:
+        return math.nan
+    return sum(found[seed] for seed in seeds) / sum(whole[seed] for seed in seeds)
 
 
 def missed_goals(scores: Scores, tasks: Sequence[str]) -> list[str]:
@@ -573,7 +576,7 @@ def report(scores: Scores, tasks: Sequence[str]) -> None:
         for loss in RECIPES:
             row = [loss]
             for shape in shapes:
-                found = scores.get((task, *shape, loss), [])
+                found = list(scores.get((task, *shape, loss), {}).values())
                 row.append(
                     f"{np.mean(found):.1f} ± {np.std(found):.1f} "
                     f"({100 * share(scores, task, shape, loss):.0f} %, {len(found)})"
