@@ -2,7 +2,8 @@
 
 Every worker is a gloo process on this machine; embeddings are random, of dimension 512, in fp32.
 Bytes are counted at the operations of torch.distributed, memory is the process's peak resident
-set over the loss and its backward, times are medians of interleaved repetitions.
+set over the loss and its backward, times are medians of five interleaved repetitions (at the
+largest batch, one call) with their range.
 
     python -m jobs.bench.loss_cost [--quick] [--json FILE] [--figure FILE]
 
@@ -102,7 +103,12 @@ def _measure_all(
                     measured[name, local] = {"received": wire.received, "peak": peak}
         for name in names:
             # The first call warms up; the largest batches are called only once.
-            measured[name, local]["seconds"] = statistics.median(times[name][1:] or times[name])
+            kept = times[name][1:] or times[name]
+            measured[name, local] |= {
+                "seconds": statistics.median(kept),
+                "fastest": min(kept),
+                "slowest": max(kept),
+            }
     return measured
 
 
@@ -203,7 +209,7 @@ def main() -> None:
     locals_ = [64, 1024] if options.quick else [64, 256, 1024, 4096, 16_384]
     cells = measure_cells(worlds, locals_, repetitions=5)
     step = _step_seconds(256, 5 if options.quick else 15)
-    columns = ["loss", "W", "b", "bytes received", "peak memory", "time", "of dense"]
+    columns = ["loss", "W", "b", "bytes received", "peak memory", "time", "range", "of dense"]
     dense = {
         (cell["world_size"], cell["local"]): cell["seconds"]
         for cell in cells
@@ -214,11 +220,13 @@ def main() -> None:
         size = cell["world_size"], cell["local"]
         row = [cell["loss"], f"{size[0]}", f"{size[1]:,}"]
         if not cell["fits"]:
-            rows.append([*row, "", "does not fit", "", ""])
+            rows.append([*row, "", "does not fit", "", "", ""])
             continue
         of_dense = f"{cell['seconds'] / dense[size]:.2f}" if size in dense else ""
         rows.append([*row, f"{cell['received']:,}", f"{cell['peak'] / 1e6:,.0f} MB",
-                     f"{1000 * cell['seconds']:,.1f} ms", of_dense])  # fmt: skip
+                     f"{1000 * cell['seconds']:,.1f} ms",
+                     f"{1000 * cell['fastest']:,.1f}-{1000 * cell['slowest']:,.1f}",
+                     of_dense])  # fmt: skip
     show_table("Cost of a loss and its backward, per worker", columns, rows)
     show_table(
         "A whole step of the demo's towers at b=256, one worker",
