@@ -19,7 +19,8 @@ def carry(value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) 
 
 def wide(values: Tensor) -> Tensor:
     """Detached, in fp32 at least: logits at scale 100 need it."""
-    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
+    values = values.detach()
+    return values.float() if values.dtype.itemsize < torch.float32.itemsize else values
 
 
 class _Carry(torch.autograd.Function):

@@ -90,7 +90,7 @@ class LocalPairs:
             for part, columns in enumerate((slice(cut), slice(cut, b)) if cut else (slice(b),)):
                 log_sum[part, 0, start:end] = logits[:, columns].logsumexp(1)
             seen = log_sum[int(parts == 2 and start >= cut), 1]
-            seen.copy_(torch.logaddexp(seen, logits.logsumexp(0)))
+            torch.logaddexp(seen, logits.logsumexp(0), out=seen)
         count = log_sum.new_full((parts, b), b - 1 - cut)
         if parts == 2:
             count[0, :cut], count[0, cut:] = cut - 1, cut
