@@ -193,6 +193,12 @@ class _Screen:
             self._say(sentence)
         if event["resumed"]:
             self._say(f"Run '{event['name']}' is unfinished: going on with it.")
+            if prepared.began is not None:
+                self._say(
+                    f"It began with {prepared.began.workers} worker(s) and a global batch of "
+                    f"{prepared.began.global_batch:,}; it goes on with {self._plan.workers} and "
+                    f"{self._plan.global_batch:,}. Length and virtual batch stay."
+                )
         elif event["name"] != prepared.config.name:
             self._say(f"'{prepared.config.name}' is finished: this run is '{event['name']}'.")
 
@@ -213,7 +219,7 @@ class _Screen:
     def _on_step(self, event: Any) -> None:
         point = event["metrics"]
         numbers = (
-            f"step {event['step']:,}/{self._plan.steps:,}  "
+            f"step {event['step']:,}/{self._last_step(event):,}  "
             f"{point['train/samples_per_s']:,.0f} samples/s  "
             f"loss {point.get('train/loss', float('nan')):.3f}  "
             f"data wait {100 * point['train/data_wait_share']:.0f}%"
@@ -228,6 +234,11 @@ class _Screen:
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + 10
             self._say(f"{numbers}  ETA {self._eta(event['samples'])}")
+
+    def _last_step(self, event: Any) -> int:
+        """Not the plan's number when other workers took larger or smaller steps before."""
+        left = self._plan.samples - event["samples"]
+        return event["step"] + left // self._plan.global_batch
 
     def _eta(self, samples: int) -> str:
         begun, before = self._trained_from

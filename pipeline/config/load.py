@@ -66,6 +66,8 @@ def _absolute(config: Config) -> Config:
     changes: dict[str, Any] = {"train": tuple(sources)}
     if data.val is not None:
         changes["val"] = resolve_path(data.val, base)
+    if data.synonyms is not None:
+        changes["synonyms"] = resolve_path(data.synonyms, base)
     if data.tokenizer != "train" and Path(data.tokenizer).exists():
         changes["tokenizer"] = resolve_path(data.tokenizer, base)
     model = config.model

@@ -274,6 +274,38 @@ def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
     return plan, problems
 
 
+def resize(config: Config, workers: int, before: Plan) -> Config:
+    """Give the config under which a run goes on with another number of workers.
+
+    `before` is its plan as it began. Objective (virtual batch) and length stay (to the nearest
+    step). So does the global
+    batch where it can be cut into equal micro batches no larger than before (of half their number
+    or more, lest the losses lose their negatives); else it becomes the nearest that can.
+    """
+    pairs = before.global_batch
+    if config.loss.kind in WHOLE_BATCH:
+        micro, accumulation = max(1, round(pairs / workers)), 1
+    else:
+        least = -(-pairs // (workers * before.micro_batch))
+        accumulation = next(
+            (parts for parts in range(least, 2 * least + 1) if pairs % (workers * parts) == 0),
+            least,
+        )
+        micro = min(before.micro_batch, max(2, round(pairs / (workers * accumulation))))
+    train = {"global_batch": workers * accumulation * micro, "samples": before.samples}
+    loss: dict[str, Any] = {"exchange": min(config.loss.exchange, workers - 1)}
+    if config.loss.kind == "gamma":
+        loss["virtual_batch"] = before.virtual_batch
+    return config.model_copy(
+        update={
+            "train": config.train.model_copy(update={**train, "epochs": None}),
+            "engine": config.engine.model_copy(update={"micro_batch": micro}),
+            "loss": config.loss.model_copy(update=loss),
+            "cluster": config.cluster.model_copy(update={"workers": workers}),
+        }
+    )
+
+
 def _virtual_batch(config: Config) -> int:
     """Of a loss that contrasts local pairs alone: the micro batch."""
     kind, virtual = config.loss.kind, config.loss.virtual_batch

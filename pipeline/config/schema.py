@@ -83,6 +83,26 @@ class DataConfig(Section):
     flip: Fraction = Field(
         default=0.0, description="Probability of a left-right flip; captions name sides."
     )
+    clean_captions: bool = Field(
+        default=False,
+        description="Mend broken encoding (mojibake), HTML entities and markup in captions, in "
+        "training, evaluation and for a trained tokenizer.",
+    )
+    augment_image: Literal["none", "rand_augment"] = Field(
+        default="none",
+        description="What happens to training images after crop and flip: RandAugment draws two of "
+        "ALBEF's ten operations, at magnitude 7 of 10, and applies each with probability 1/2.",
+    )
+    augment_text: Fraction = Field(
+        default=0.0,
+        description="Probability that a training caption has a tenth of its words swapped, deleted "
+        "or, with synonyms, replaced or inserted (EDA). Can make a caption false: colours, counts.",
+    )
+    synonyms: str | None = Field(
+        default=None,
+        description="Text file for augment_text that every node reaches: a line a group of "
+        "synonyms, separated by commas.",
+    )
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     background: tuple[int, int, int] = Field(

@@ -211,6 +211,12 @@ def _to_square(pixels: Pixels, size: int, method: int) -> Pixels:
 # ---- JPEG ----------------------------------------------------------------------------------------
 
 
+def is_plain_jpeg(data: bytes) -> bool:
+    """Whether a picture that decodes is a JPEG with no CMYK and no rotation to apply."""
+    header = _read_jpeg_header(data)
+    return header is not None and not header.is_cmyk and header.orientation == 1
+
+
 def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
     """None: another format, or a kind of JPEG that is left to Pillow."""
     if data[:2] != b"\xff\xd8":

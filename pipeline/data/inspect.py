@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.data.clean import clean_caption
 from pipeline.data.image import BadImage, Pixels, decode, eval_geometry
 from pipeline.data.layout import Catalog, as_captions
 from pipeline.data.rows import read_rows
@@ -40,7 +41,8 @@ class Inspection:
     named: list[tuple[str, str]] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
     captions_a_row: list[int] = field(default_factory=list)
-    words: list[int] = field(default_factory=list)
+    words: list[int] = field(default_factory=list)  # of each caption
+    unclean_captions: int = 0  # those that cleaning would change
     sides: list[tuple[int, int]] = field(default_factory=list)  # width, height
     image_bytes: list[int] = field(default_factory=list)
     pairs: list[tuple[Pixels, str]] = field(default_factory=list)
@@ -78,6 +80,11 @@ class Inspection:
                 f"{bad} of {self.rows_read} sampled rows are unusable: more than the default "
                 "data.max_bad_fraction 0.5 allows"
             )
+        if self.unclean_captions:
+            found.append(
+                f"{self.unclean_captions:,} of {len(self.words):,} sampled captions hold broken "
+                "encoding, HTML entities or markup: train with data.clean_captions=true"
+            )
         if self.largest_group > LARGE_GROUP:
             found.append(
                 f"the largest row group holds {self.largest_group / 2**20:,.0f} MB, and a reader "
@@ -106,6 +113,7 @@ class Inspection:
             "bad": dict(self.bad),
             "bad_rows": [{"row": row, "reason": reason} for row, reason in self.named],
             "formats": dict(self.formats),
+            "unclean_captions": self.unclean_captions,
             "quantiles": self.quantiles(),
             "advice": self.advice(),
         }
@@ -150,6 +158,7 @@ def _look(found: Inspection, row: dict[str, Any]) -> str | None:
     captions = as_captions(row["caption"])
     found.captions_a_row.append(len(captions))
     found.words.extend(len(caption.split()) for caption in captions)
+    found.unclean_captions += sum(clean_caption(caption) != caption for caption in captions)
     if row["absence"] is not None:
         return row["absence"]
     encoded = next((image for image in row["image"] or () if image), None)

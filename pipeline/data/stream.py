@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import cv2
 import numpy as np
@@ -26,6 +26,8 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.exceptions import RayTaskError
 
 from pipeline.data import image as image_module
+from pipeline.data.augment import augment_image, augment_text, read_synonyms
+from pipeline.data.clean import clean_captions
 from pipeline.data.layout import Catalog, Source, as_captions
 from pipeline.data.order import Cursor, Order, Piece, RowGroup, Visit, permutation
 from pipeline.data.order import Source as OrderedSource
@@ -43,7 +45,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """How a row becomes arrays. `train`: random crop and drawn caption; else eval geometry."""
+    """How a row becomes arrays. `train`: random crop and drawn caption; else eval geometry.
+
+    Only training augments; `augment_text` is a probability, `synonyms` the path of its file.
+    """
 
     tokenizer: Tokenizer
     context_length: int
@@ -54,6 +59,10 @@ class Recipe:
     seed: int
     train: bool
     labels: tuple[str, ...] = ()
+    clean_captions: bool = False
+    augment_image: Literal["none", "rand_augment"] = "none"
+    augment_text: float = 0.0
+    synonyms: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +81,8 @@ class Batch:
 
     images [b, size, size, 3] uint8; tokens [b, length] int32; keys [b] int64, the rows' numbers in
     the catalog (shards in path order), whatever the epoch. `used` holds the positions of each
-    epoch that this batch settles: its rows, and the bad rows met on the way.
+    epoch that this batch settles: its rows, and the bad rows met on the way. `cut` counts captions
+    cut to the length, `cleaned` rows whose captions were not clean.
     """
 
     images: torch.Tensor
@@ -82,22 +92,25 @@ class Batch:
     used: dict[int, NDArray[np.int64]]
     bad: list[BadRow]
     cut: int
+    cleaned: int
     labels: dict[str, list[str]]
     more_tokens: list[NDArray[np.int32]]
 
 
 @dataclass(kw_only=True, slots=True)
 class Tally:
-    """Running counts of one worker's stream: rows used, captions cut, bad rows by reason."""
+    """Running counts of one worker's stream, as in `Batch`; `bad` by reason."""
 
     rows: int = 0
     cut: int = 0
+    cleaned: int = 0
     bad: Counter[str] = field(default_factory=Counter)
 
     def add(self, batch: Batch) -> None:
         """Count a batch."""
         self.rows += batch.rows
         self.cut += batch.cut
+        self.cleaned += batch.cleaned
         self.bad.update(row.reason for row in batch.bad)
 
 
@@ -315,6 +328,7 @@ class _Decode:
         }
         images = np.zeros((rows, recipe.image_size, recipe.image_size, 3), dtype=np.uint8)
         reasons = np.full(rows, GOOD, dtype=np.int8)
+        cleaned = np.zeros(rows, dtype=np.bool_)
         texts: list[str] = []
         more: list[list[str]] = []
         image_column, caption_column = table.column("image"), table.column("caption")
@@ -328,6 +342,9 @@ class _Decode:
                 ]
             )
             captions = as_captions(caption_column[row].as_py())
+            if recipe.clean_captions:
+                found, captions = captions, clean_captions(captions)
+                cleaned[row] = captions != found
             encoded = self._draw(image_column[row].as_py(), rng)
             reason: str | None = absences[row] or (None if captions else "empty_caption")
             if reason is None:
@@ -339,10 +356,21 @@ class _Decode:
                 reasons[row] = REASONS.index(reason)
             captions = captions or [""]
             drawn = int(rng.integers(len(captions))) if recipe.train else 0
-            texts.append(captions[drawn])
+            text = captions[drawn]
+            if recipe.train and reason is None:
+                # Drawn last: crops and captions are the same with augmentation or without.
+                text = self._augment(images[row], text, rng)
+            texts.append(text)
             more.append(captions[1:])
         tokens, cut = recipe.tokenizer.encode(texts, recipe.context_length)
-        columns = {**identity, "image": images, "tokens": tokens, "cut": cut, "reason": reasons}
+        columns = {
+            **identity,
+            "image": images,
+            "tokens": tokens,
+            "cut": cut,
+            "cleaned": cleaned,
+            "reason": reasons,
+        }
         if not recipe.train:
             columns["more_tokens"] = self._encode_more(more)
             for label in recipe.labels:
@@ -366,6 +394,16 @@ class _Decode:
         return image_module.decode_train(
             data, recipe.background, recipe.image_size, recipe.crop_scale, recipe.flip, rng
         )
+
+    def _augment(self, pixels: image_module.Pixels, text: str, rng: np.random.Generator) -> str:
+        """Change `pixels` in place; give the text, changed or not."""
+        recipe = self._recipe
+        if recipe.augment_image == "rand_augment":
+            pixels[:] = augment_image(pixels, recipe.background, rng)
+        if recipe.augment_text and rng.random() < recipe.augment_text:
+            synonyms = read_synonyms(recipe.synonyms) if recipe.synonyms else {}
+            return augment_text(text, synonyms, rng)
+        return text
 
     def _encode_more(self, more: list[list[str]]) -> NDArray[Any]:
         """The further captions of each row, as the bytes of an int32 [captions, length] array."""
@@ -404,6 +442,7 @@ class _Filling:
         self.tokens = np.full((size, recipe.context_length), recipe.tokenizer.pad, dtype=np.int32)
         self.rows = 0
         self.cut = 0
+        self.cleaned = 0
         self.used: dict[int, list[NDArray[np.int64]]] = {}
         self.bad: list[BadRow] = []
         self.labels: dict[str, list[str]] = {name: [] for name in recipe.labels}
@@ -428,6 +467,7 @@ class _Filling:
         ]
         self.rows += len(chosen)
         self.cut += int(block["cut"][chosen].sum())
+        self.cleaned += int(block["cleaned"][chosen].sum())
         epochs, positions = block["epoch"][start:end], block["position"][start:end]
         for epoch in np.unique(epochs):
             self.used.setdefault(int(epoch), []).append(positions[epochs == epoch].copy())
@@ -457,6 +497,7 @@ class _Filling:
             used={epoch: np.concatenate(parts) for epoch, parts in self.used.items()},
             bad=self.bad,
             cut=self.cut,
+            cleaned=self.cleaned,
             labels=self.labels,
             more_tokens=self.more_tokens,
         )

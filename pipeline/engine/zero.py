@@ -4,7 +4,12 @@ Enters: a module, optimiser settings, an initialised process group. Leaves: forw
 step, save, load. Must not know: what the module computes.
 """
 
+import argparse
+import contextlib
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ from pipeline.config.schema import EngineConfig, OptimConfig
 from pipeline.engine.optimizer import make_optimizer, parameter_groups
 
 TAG = "state"
+UNIVERSAL = "universal"  # the same state, in the form that any number of workers can load
 
 
 class Engine:
@@ -34,12 +40,18 @@ class Engine:
         micro_batch: int,
         accumulation: int,
         device: torch.device,
+        loads_universal: bool = False,
     ):
-        """`micro_batch` pairs per worker in a forward, `accumulation` of them per step."""
+        """`micro_batch` pairs per worker in a forward, `accumulation` of them per step.
+
+        `loads_universal`: what `load` will read was saved by another number of workers.
+        """
         deepspeed = _import_deepspeed(device)
         self.device = device
         self.zero_stage = engine.zero_stage
         self._is_bf16 = engine.precision == "bf16"
+        # At stage 0 nothing is partitioned: every worker reads the same file.
+        self._loads_universal = loads_universal and engine.zero_stage > 0
         module.to(device)
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro_batch,
@@ -53,6 +65,7 @@ class Engine:
             },
             "bf16": {"enabled": engine.precision == "bf16"},
             "steps_per_print": 10**12,
+            "checkpoint": {"load_universal": self._loads_universal},
         }
         optimizer = make_optimizer(parameter_groups(module, optim), optim, device)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -112,10 +125,28 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote at the same world size and ZeRO stage."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        """Read what `save` wrote at the same ZeRO stage.
+
+        Of another number of workers only with `loads_universal`; `folder` then gets a converted
+        copy, made by one worker of each node.
+        """
+        if self._loads_universal:
+            if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+                make_universal(folder)
+            dist.barrier()
+        tag = UNIVERSAL if self._loads_universal else TAG
+        groups = [_without_parameters(group) for group in self._optimizer.param_groups]
+        with _plainly_named(folder) as named:
+            path, _ = self._engine.load_checkpoint(str(named), tag=tag)
         if path is None:
             raise RuntimeError(f"{folder}: no DeepSpeed state in the checkpoint")
+        if self._loads_universal:
+            # At stage 3 DeepSpeed gives all groups the settings of the first, and all parameters
+            # one and the same step counter, which each of them then advances.
+            for group, settings in zip(self._optimizer.param_groups, groups, strict=True):
+                group.update(settings)
+            for state in self._optimizer.state.values():
+                state["step"] = state["step"].clone()
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum a small vector over ranks."""
@@ -134,6 +165,10 @@ class Engine:
         return bool(self.sum(torch.tensor([float(flag)])).item() > 0)
 
 
+def _without_parameters(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
 def _import_deepspeed(device: torch.device) -> Any:
     """Import late: in a process without its accelerator the import itself would choose wrongly."""
     if device.type == "cpu":
@@ -145,6 +180,46 @@ def _import_deepspeed(device: torch.device) -> Any:
     # need a C++ compiler on every node.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def make_universal(folder: Path) -> None:
+    """Convert what `Engine.save` wrote to the form that any number of workers can load.
+
+    Kept beside it, and made once. Runs in one process; stage 0 needs none.
+    """
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    target = folder / UNIVERSAL
+    if target.exists():
+        return
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{UNIVERSAL}-", dir=folder))
+    with _plainly_named(folder) as named:
+        main(
+            argparse.Namespace(
+                input_folder=str(named / TAG),
+                output_folder=str(named / unfinished.name),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,  # asked for by models that are not Megatron's
+            )
+        )
+    try:
+        unfinished.rename(target)
+    except OSError:
+        if not target.exists():
+            raise
+        shutil.rmtree(unfinished)  # a node that shares the folder was faster
+
+
+@contextlib.contextmanager
+def _plainly_named(folder: Path) -> Iterator[Path]:
+    """The folder by a name without brackets and the like: DeepSpeed takes paths for patterns."""
+    with tempfile.TemporaryDirectory() as plain:
+        named = Path(plain) / "checkpoint"
+        named.symlink_to(folder.absolute())
+        yield named
 
 
 def load_weights(folder: Path, zero_stage: int) -> dict[str, Tensor]:
@@ -163,6 +238,7 @@ def load_weights(folder: Path, zero_stage: int) -> dict[str, Tensor]:
         return {name: tensor.float() for name, tensor in state["module"].items()}
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+    with _plainly_named(folder) as named:
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(named), tag=TAG)
     assert weights is not None, "DeepSpeed gives None only where it merges files in place"
     return weights

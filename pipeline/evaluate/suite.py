@@ -40,6 +40,10 @@ def make_recipe(config: Config, tokenizer: Tokenizer, *, train: bool) -> Recipe:
         background=data.background,
         seed=config.train.seed,
         train=train,
+        clean_captions=data.clean_captions,
+        augment_image=data.augment_image,
+        augment_text=data.augment_text,
+        synonyms=data.synonyms,
         labels=() if train else tuple(task.column for task in config.evaluate.zero_shot),
     )
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import ray.train
 import torch
 
 from pipeline.config.plan import Plan
@@ -50,7 +51,12 @@ def save_checkpoint(
     engine.save(folder)
     part = {
         "cursor": state.cursor.to_json(),
-        "tally": {"rows": state.tally.rows, "cut": state.tally.cut, "bad": dict(state.tally.bad)},
+        "tally": {
+            "rows": state.tally.rows,
+            "cut": state.tally.cut,
+            "cleaned": state.tally.cleaned,
+            "bad": dict(state.tally.bad),
+        },
     }
     (folder / f"part-{rank:05d}.json").write_text(json.dumps(part))
     torch.save(loss.state_dict(), folder / f"loss-{rank:05d}.pt")
@@ -67,24 +73,26 @@ def save_checkpoint(
         (folder / META).write_text(json.dumps(meta))
 
 
+def read_meta(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
+    """Read the meta file alone, wherever the checkpoint lies."""
+    assert checkpoint.filesystem is not None, "Ray Train gives every checkpoint one"
+    with checkpoint.filesystem.open_input_file(f"{checkpoint.path}/{META}") as file:
+        return json.loads(file.read())
+
+
 def load_checkpoint(
     folder: Path, engine: Engine, loss: Loss, *, rank: int, world_size: int
 ) -> State:
     """Restore engine and loss in place and give the rest; the cursor is that of all ranks.
 
-    Counts of all ranks go to rank 0, so that their sum over ranks stays right.
+    Counts of all ranks go to rank 0, so that their sum over ranks stays right. The workers that
+    saved may have been of another number.
     """
     meta = json.loads((folder / META).read_text())
-    if meta["world_size"] != world_size:
-        raise RuntimeError(
-            f"{folder}: saved by {meta['world_size']} workers, now {world_size}; "
-            f"set cluster.workers={meta['world_size']} to go on with this run"
-        )
     engine.load(folder)
-    parts = [json.loads(path.read_text()) for path in sorted(folder.glob("part-*.json"))]
-    if len(parts) != world_size:
-        raise RuntimeError(f"{folder}: holds {len(parts)} parts, {world_size} were written")
-    states = [torch.load(path, weights_only=True) for path in sorted(folder.glob("loss-*.pt"))]
+    savers = range(meta["world_size"])
+    parts = [json.loads((folder / f"part-{saver:05d}.json").read_text()) for saver in savers]
+    states = [torch.load(folder / f"loss-{saver:05d}.pt", weights_only=True) for saver in savers]
     loss.load_state_dict(states, rank, world_size)
     cursor = Cursor.from_json(parts[0]["cursor"])
     tally = Tally()
@@ -98,4 +106,5 @@ def load_checkpoint(
 def _add(tally: Tally, saved: dict[str, Any]) -> None:
     tally.rows += saved["rows"]
     tally.cut += saved["cut"]
+    tally.cleaned += saved["cleaned"]
     tally.bad.update(saved["bad"])

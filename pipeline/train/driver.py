@@ -77,7 +77,7 @@ def train(config: Config, listen: Listener, log_path: Path) -> Outcome:
     if record is not None:
         _check_unchanged(config, record)
     listen({"kind": "phase", "text": "Reading the data and planning"})
-    prepared = prepare(config, record.tokenizer if record else None)
+    prepared = prepare(config, record)
     if record is not None and record.data_digest != prepared.catalog.digest:
         raise UserError(
             f"data.train: {prepared.catalog.root} changed since run '{record.name}' began (digest "
@@ -168,13 +168,7 @@ def evaluate(
 
 def _check_unchanged(config: Config, record: RunRecord) -> None:
     before, now = _flat(record.config), flatten(config)
-    changes = changed_keys(before, now)
-    if before["cluster.workers"] != now["cluster.workers"]:
-        changes.append(
-            f"cluster.workers was {before['cluster.workers']}, is now {now['cluster.workers']} "
-            "(a checkpoint is read back by as many workers as wrote it)"
-        )
-    if changes:
+    if changes := changed_keys(before, now):
         listing = "\n".join(f"  {change}" for change in changes)
         raise UserError(
             f"run '{record.name}' is unfinished and was started with another config:\n{listing}\n"

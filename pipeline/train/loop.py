@@ -13,9 +13,14 @@ from pipeline.errors import RunStop
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cadence:
-    """How long, and how often what happens; in optimiser steps."""
+    """How long, in samples, of which a step takes `global_batch`; what happens every so many steps.
 
-    steps: int
+    A run lasts as many samples whatever number of workers takes them: it ends where no whole step
+    is left.
+    """
+
+    samples: int
+    global_batch: int
     log_every: int
     evaluate_every: int | Literal["end"]
     checkpoint_every: int
@@ -33,35 +38,30 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepReport:
-    """What one optimiser step says of itself; the same on every rank."""
-
-    samples: int
-    is_finite: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Actions:
-    """What the loop calls, on every rank alike; any may stop the run by raising."""
+    """What the loop calls, on every rank alike; any may stop the run by raising.
 
-    step: Callable[[Progress], StepReport]
+    `step` says whether it was finite, on every rank the same.
+    """
+
+    step: Callable[[Progress], bool]
     log: Callable[[Progress], None]
     evaluate: Callable[[Progress], None]
     checkpoint: Callable[[Progress], None]
 
 
 def run_loop(progress: Progress, cadence: Cadence, actions: Actions) -> None:
-    """Train from `progress` to the last step, then evaluate once more.
+    """Train from `progress` to the last whole step, then evaluate once more.
 
     A step that is not finite changes no weight; it is counted, and after `max_nonfinite` in a row
     `RunStop` is raised. Nothing is saved while such steps last, so the last good checkpoint
     stays; only the end of the run is always saved, with the weights of its last good step.
     """
-    while progress.step < cadence.steps:
-        report = actions.step(progress)
+    while progress.samples + cadence.global_batch <= cadence.samples:
+        is_finite = actions.step(progress)
         progress.step += 1
-        progress.samples += report.samples
-        if report.is_finite:
+        progress.samples += cadence.global_batch
+        if is_finite:
             progress.nonfinite_in_a_row = 0
         else:
             progress.nonfinite_steps += 1
@@ -72,7 +72,7 @@ def run_loop(progress: Progress, cadence: Cadence, actions: Actions) -> None:
                     f"{progress.nonfinite_in_a_row} steps in a row (train.max_nonfinite); start "
                     "under another name with lower optim.lr or longer optim.warmup_samples"
                 )
-        is_last = progress.step == cadence.steps
+        is_last = progress.samples + cadence.global_batch > cadence.samples
         if _is_due(progress.step, cadence.log_every) or is_last:
             actions.log(progress)
         if _is_due(progress.step, cadence.evaluate_every) and not is_last:

@@ -5,21 +5,23 @@ Enters: a `Config`. Leaves: `Prepared`, or one `UserError` that lists every prob
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from pipeline.config.plan import Facts, Plan, find_contradictions, make_plan
+from pipeline.config.plan import Facts, Plan, find_contradictions, make_plan, resize
 from pipeline.config.schema import Config, DataConfig
+from pipeline.data.augment import read_synonyms
+from pipeline.data.clean import clean_captions
 from pipeline.data.layout import Catalog, mix, read_captions, read_catalog, read_classes
 from pipeline.data.text import Tokenizer, load_tokenizer, train_tokenizer
 from pipeline.errors import Problem, UserError, raise_problems
 from pipeline.evaluate.suite import Suite, make_recipe
 from pipeline.tracking.tracker import check_reachable, tracking_uri
 from pipeline.train.objective import build_pretraining
-from pipeline.train.store import RunFolder
+from pipeline.train.store import RunFolder, RunRecord
 
 TOKENIZER_CAPTIONS = 100_000  # captions a tokenizer is trained on, at most
 T = TypeVar("T")
@@ -27,10 +29,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """A config with all that follows from it."""
+    """A config with all that follows from it.
+
+    `began` is the plan of a continued run as it began, with another number of workers.
+    """
 
     config: Config
     plan: Plan
+    began: Plan | None
     tokenizer: Tokenizer
     catalog: Catalog
     suite: Suite | None
@@ -56,36 +62,60 @@ class _Problems:
             return None
 
 
-def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Prepared:
+def prepare(config: Config, record: RunRecord | None = None) -> Prepared:
     """Check `config` against the data, the model, the storage and the tracker, and plan it.
 
-    `tokenizer` is that of a run which is continued; absent, it is loaded or trained. Raises
-    `UserError` with every problem found, not only the first.
+    `record` is that of a run which is continued: it has a tokenizer, and its number of workers may
+    be another. Raises `UserError` with every problem found, not only the first.
     """
     problems = _Problems()
+    problems.found.extend(_check_resources(config))
+    workers = config.cluster.workers
+    tokenizer = None if record is None else record.tokenizer
+    if record is not None:
+        config = _with_workers(config, record.config["cluster"]["workers"])
     contradictions = find_contradictions(config)
     problems.found.extend(contradictions)
-    problems.found.extend(_check_resources(config))
     problems.attempt("cluster.storage", lambda: _check_places(config))
     problems.attempt("tracking.uri", lambda: _check_tracker(config))
     data = config.data
     catalog = problems.attempt("data.train", lambda: read_train(data))
     val = problems.attempt("data.val", lambda: read_val(config))
     classes = problems.attempt("evaluate.zero_shot", lambda: _read_classes(config, val))
+    if data.synonyms is not None:
+        problems.attempt("data.synonyms", lambda: read_synonyms(data.synonyms))
     if catalog is not None and tokenizer is None:
         tokenizer = problems.attempt("data.tokenizer", lambda: _make_tokenizer(config, catalog))
-    facts = plan = None
+    facts = plan = began = None
     if catalog is not None and tokenizer is not None:
         facts = problems.attempt("model", lambda: _find_facts(config, catalog, val, tokenizer))
     if facts is not None and not contradictions:
         plan, more = make_plan(config, facts)
         problems.found.extend(more)
+        if workers != plan.workers:
+            began, config = plan, resize(config, workers, plan)
+            problems.found.extend(find_contradictions(config))
+            # Steps of another size end elsewhere; the schedule goes by the length that was planned.
+            plan = replace(make_plan(config, facts)[0], samples=began.samples)
     raise_problems(problems.found, "This run cannot start")
     assert catalog is not None
     assert tokenizer is not None
     assert plan is not None
     suite = _suite(config, tokenizer, val, classes or ()) if val is not None else None
-    return Prepared(config=config, plan=plan, tokenizer=tokenizer, catalog=catalog, suite=suite)
+    return Prepared(
+        config=config,
+        plan=plan,
+        began=began,
+        tokenizer=tokenizer,
+        catalog=catalog,
+        suite=suite,
+    )
+
+
+def _with_workers(config: Config, workers: int) -> Config:
+    return config.model_copy(
+        update={"cluster": config.cluster.model_copy(update={"workers": workers})}
+    )
 
 
 def prepare_evaluation(config: Config, tokenizer: Tokenizer) -> Suite:
@@ -226,6 +256,8 @@ def _make_tokenizer(config: Config, catalog: Catalog) -> Tokenizer:
     if config.data.tokenizer != "train":
         return load_tokenizer(config.data.tokenizer)
     captions = read_captions(catalog, TOKENIZER_CAPTIONS)
+    if config.data.clean_captions:
+        captions = clean_captions(captions)
     if not captions:
         raise UserError(
             f"data.train: the caption column of {catalog.root} holds no text; name another with "

@@ -83,6 +83,12 @@ class RunFolder:
         with self.filesystem.open_input_file(path) as file:
             return file.read().decode()
 
+    def remove(self, name: str) -> None:
+        """Remove a folder of the run and all in it, if it is there."""
+        path = f"{self.path}/{name}"
+        if self.filesystem.get_file_info(path).type == pafs.FileType.Directory:
+            self.filesystem.delete_dir(path)
+
     def write_record(self, record: RunRecord) -> None:
         """Write the run's record."""
         self.filesystem.create_dir(self.path, recursive=True)

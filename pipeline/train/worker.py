@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.fs as pafs
 import ray.train
 import ray.train.torch
 import torch
@@ -23,20 +24,14 @@ from pipeline.data.order import Cursor, as_intervals
 from pipeline.data.stream import REASONS, BadRow, Tally, make_order, train_batches
 from pipeline.data.text import Tokenizer
 from pipeline.engine.schedule import lr_factor
-from pipeline.engine.zero import Engine, load_weights
+from pipeline.engine.zero import UNIVERSAL, Engine, load_weights
 from pipeline.errors import RunStop
 from pipeline.evaluate.suite import Suite, make_recipe, run_suite
 from pipeline.tracking.meters import Meter
 from pipeline.tracking.tracker import MetricLog, RunRef
 from pipeline.train.board import Board, pass_warnings_on
-from pipeline.train.checkpoint import State, load_checkpoint, save_checkpoint
-from pipeline.train.loop import (
-    Actions,
-    Cadence,
-    Progress,
-    StepReport,
-    run_loop,
-)
+from pipeline.train.checkpoint import State, load_checkpoint, read_meta, save_checkpoint
+from pipeline.train.loop import Actions, Cadence, Progress, run_loop
 from pipeline.train.objective import build_loss, build_pretraining
 from pipeline.train.step import train_step
 from pipeline.train.store import RunFolder
@@ -137,6 +132,8 @@ class _Trainer:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         _set_threads(job.config)
         config, plan = job.config, job.plan
+        self.checkpoint = ray.train.get_checkpoint()
+        meta = read_meta(self.checkpoint) if self.checkpoint is not None else None
         module = build_pretraining(config, job.tokenizer)
         self.engine = Engine(
             module,
@@ -145,6 +142,7 @@ class _Trainer:
             micro_batch=plan.micro_batch,
             accumulation=plan.accumulation,
             device=ray.train.torch.get_device(),
+            loads_universal=meta is not None and meta["world_size"] != self.world_size,
         )
         self.loss = build_loss(
             config,
@@ -182,7 +180,8 @@ class _Trainer:
             ingest_cpus=config.cluster.ingest_cpus,
         )
         cadence = Cadence(
-            steps=plan.steps,
+            samples=plan.samples,
+            global_batch=plan.global_batch,
             log_every=config.train.log_every,
             evaluate_every=config.evaluate.every,
             checkpoint_every=config.train.checkpoint_every,
@@ -209,15 +208,16 @@ class _Trainer:
             self.metrics.close()
 
     def _restore(self) -> None:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        if self.checkpoint is None:
             return
-        with checkpoint.as_directory() as folder:
+        with self.checkpoint.as_directory() as folder:
             self.state = load_checkpoint(
                 Path(folder), self.engine, self.loss, rank=self.rank, world_size=self.world_size
             )
+            if self.rank == 0:
+                _keep_universal(Path(folder), self.checkpoint)
 
-    def _step(self, progress: Progress) -> StepReport:
+    def _step(self, progress: Progress) -> bool:
         config, plan = self.job.config, self.job.plan
         # Draws (sampled u) follow from (seed, step, rank), so a resumed run repeats them.
         seeds = np.random.SeedSequence([config.train.seed, progress.step, self.rank])
@@ -241,7 +241,7 @@ class _Trainer:
         self.window.append({**result.metrics, "grad_norm": torch.tensor(result.grad_norm)})
         self.diagnose = result.diagnose
         self.learning_rate = config.optim.lr * factor
-        return StepReport(samples=plan.global_batch, is_finite=result.is_finite)
+        return result.is_finite
 
     def _log(self, progress: Progress) -> None:
         rates = self.meter.window()
@@ -249,14 +249,14 @@ class _Trainer:
         self.window = []
         names = sorted(mine)
         tally = self.state.tally
-        counts = [tally.rows, tally.cut, *(tally.bad[reason] for reason in REASONS)]
+        counts = [tally.rows, tally.cut, tally.cleaned, *(tally.bad[reason] for reason in REASONS)]
         vector = torch.tensor(
             [*(mine[name] for name in names), rates["data_wait_share"], *counts],
             dtype=torch.float64,
         )
         total = self.engine.sum(vector).tolist()
         means = dict(zip(names, (value / self.world_size for value in total), strict=False))
-        rows, cut, *bad = total[len(names) + 1 :]
+        rows, cut, cleaned, *bad = total[len(names) + 1 :]
         if self.rank == 0:
             point = {f"train/{name}": value for name, value in means.items()}
             point |= {f"train/{name}": value for name, value in rates.items()}
@@ -264,9 +264,12 @@ class _Trainer:
             point["train/samples_per_s_per_worker"] = rates["samples_per_s"] / self.world_size
             point["train/learning_rate"] = self.learning_rate
             point["train/step"] = progress.step
+            point["train/world_size"] = self.world_size
             point["train/epoch"] = progress.samples / self.job.plan.epoch_rows
             point["train/nonfinite_steps"] = progress.nonfinite_steps
             point["data/cut_caption_share"] = cut / max(rows, 1)
+            if self.job.config.data.clean_captions:
+                point["data/cleaned_caption_share"] = cleaned / max(rows, 1)
             point["data/bad_rows/all"] = sum(bad)
             # A reason that never occurs would be an empty chart.
             point |= {
@@ -312,6 +315,12 @@ class _Trainer:
 
     def _checkpoint(self, progress: Progress) -> None:
         self.loss.share(self.engine.gather)
+        name = f"step-{progress.step:08d}"
+        run = RunFolder.of(self.job.config.cluster.storage, self.job.run_name)
+        if self.rank == 0:
+            # What workers of another number may have left there when they were killed. The others
+            # have not begun to write: DeepSpeed's save waits for all ranks.
+            run.remove(name)
         folder = Path(tempfile.mkdtemp(prefix="gammaray-"))
         save_checkpoint(
             folder,
@@ -325,7 +334,6 @@ class _Trainer:
             tokenizer=self.job.tokenizer,
             versions=versions(),
         )
-        name = f"step-{progress.step:08d}"
         self._write_quarantine(name)
         ray.train.report(
             {"step": progress.step},
@@ -349,6 +357,14 @@ class _Trainer:
     def _post(self, kind: str, **content: Any) -> None:
         if self.rank == 0:
             self.job.board.post(kind, **content)
+
+
+def _keep_universal(folder: Path, checkpoint: ray.train.Checkpoint) -> None:
+    """Put a converted state beside the checkpoint it was made of, where that is remote."""
+    made, kept = folder / UNIVERSAL, f"{checkpoint.path}/{UNIVERSAL}"
+    is_local = Path(checkpoint.path).is_dir() and folder.samefile(checkpoint.path)
+    if made.exists() and not is_local:
+        pafs.copy_files(str(made), kept, pafs.LocalFileSystem(), checkpoint.filesystem)
 
 
 def _window_means(window: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -64,6 +64,7 @@ def _step(stage: int, accumulation: int, bad: tuple[bool, ...]) -> tuple[bool, b
         used={},
         bad=[],
         cut=0,
+        cleaned=0,
         labels={},
         more_tokens=[],
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import yaml
 
 from pipeline.data.demo import write_demo
@@ -54,6 +55,8 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # A shell starts what it puts in the background with SIGINT ignored, and children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -81,6 +84,20 @@ def wait_for(what: Callable[[], Any], seconds: float = TIMEOUT_S) -> Any:
 def checkpoint_at(folder: Path, step: int) -> bool:
     """Whether the run of `write_run(folder)` has the checkpoint of `step`."""
     return (folder / "runs" / "tiny" / f"step-{step:08d}" / "meta.json").exists()
+
+
+def newest_step(folder: Path, after: int) -> int | None:
+    """The step of the newest checkpoint of `write_run(folder)`, if it is past `after`."""
+    whole = (folder / "runs" / "tiny").glob("step-*/meta.json")
+    newest = max((int(path.parent.name.removeprefix("step-")) for path in whole), default=0)
+    return newest if newest > after else None
+
+
+def quarantined(folder: Path) -> set[tuple[str, int, int]]:
+    """The rows that were dropped: shard, row group, row."""
+    rows = [row for path in folder.glob("quarantine/*.parquet") for row in
+            pq.read_table(path).to_pylist()]  # fmt: skip
+    return {(row["path"], row["row_group"], row["row"]) for row in rows}
 
 
 def kill_a_worker(driver: subprocess.Popen[str]) -> None:
@@ -125,7 +142,8 @@ def mlflow_runs(runs: Path) -> list[str]:
 def used_rows(folder: Path) -> dict[int, list[tuple[int, int]]]:
     """Rows used in each epoch, as the last checkpoint's parts have them; overlaps stay visible."""
     last = max(folder.glob("step-*"))
-    parts = [json.loads(path.read_text()) for path in sorted(last.glob("part-*.json"))]
+    workers = json.loads((last / "meta.json").read_text())["world_size"]
+    parts = [json.loads((last / f"part-{rank:05d}.json").read_text()) for rank in range(workers)]
     used: dict[int, list[tuple[int, int]]] = {}
     for part in parts:
         for epoch, pairs in part["cursor"]["used"].items():

@@ -1,7 +1,9 @@
 """The real command on a real local Ray: to the end, through kills, and with bad rows."""
 
 import json
+import random
 import signal
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +17,9 @@ from tests.integration.run_cli import (
     kill_a_worker,
     kill_group,
     mlflow_runs,
+    newest_step,
     points,
+    quarantined,
     run,
     start,
     used_rows,
@@ -153,6 +157,37 @@ def test_the_same_command_goes_on_after_the_driver_was_killed(tmp_path: Path) ->
     assert "optim.lr was 0.0005, is now 0.1" in output
     assert "Run 'tiny' is unfinished: going on with it." in run("train", str(config))
     _assert_whole(tmp_path)
+
+
+def test_five_kills_and_three_numbers_of_workers_lose_no_row_and_repeat_none(
+    tmp_path: Path,
+) -> None:
+    config = write_run(
+        tmp_path,
+        train={"checkpoint_every": 2, "epochs": 3},
+        cluster={"cpus_per_worker": 0.3},
+        evaluate={"max_rows": 20},
+    )
+    _damage_three_images(tmp_path / "data" / "train" / "part-00000.parquet")
+    at, draw = 0, random.Random(0)
+    for workers in (2, 1, 3, 2, 1):
+        driver = start("train", str(config), f"cluster.workers={workers}")
+        at = wait_for(lambda at=at: newest_step(tmp_path, after=at))
+        time.sleep(draw.uniform(0.0, 0.5))
+        kill_group(driver)
+    output = run("train", str(config), "cluster.workers=3")
+    assert "It began with 2 worker(s) and a global batch of 16; it goes on with 3 and 15." in output
+    assert mlflow_runs(tmp_path / "runs") == ["FINISHED"]
+    sizes = [value for _, value in points(tmp_path / "runs", "train/world_size")]
+    assert {1.0, 2.0, 3.0} == set(sizes)
+    samples = points(tmp_path / "runs", "train/loss")[-1][0]
+    planned = 3 * ROWS // BATCH * BATCH
+    assert planned - 15 < samples <= planned
+    used = {epoch: union(pairs) for epoch, pairs in used_rows(tmp_path / "runs" / "tiny").items()}
+    assert used[0] == used[1] == ((0, ROWS),)
+    bad = points(tmp_path / "runs", "data/bad_rows/all")[-1][1]
+    assert sum(end - start for pairs in used.values() for start, end in pairs) == samples + bad
+    assert len(quarantined(tmp_path / "runs" / "tiny")) == 3
 
 
 def test_ctrl_c_ends_the_run_as_killed_and_says_how_to_go_on(tmp_path: Path) -> None:

@@ -4,20 +4,17 @@ Enters: encoded images of one row. Leaves: a JPEG whose short side is bounded, t
 they will do; or `BadImage` with a reason. Must not know: rows, files, Ray.
 """
 
-import io
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
 
-from pipeline.data.image import BadImage, decode
+from pipeline.data.image import BadImage, decode, is_plain_jpeg
 
 BACKGROUND = (255, 255, 255)  # under transparency
 QUALITY = 92
 JPEG_SIDE = 65_500  # the format's limit
-ORIENTATION = 0x0112  # EXIF tag
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +48,7 @@ def _fit(data: bytes | None, short_side: int) -> Fitted:
     assert data is not None
     height, width = pixels.shape[:2]
     shortest = min(height, width)
-    is_kept = shortest <= short_side and _is_plain_jpeg(data)
+    is_kept = shortest <= short_side and is_plain_jpeg(data)
     if shortest > short_side:
         height, width = (round(side * short_side / shortest) for side in (height, width))
         pixels = cv2.resize(
@@ -71,13 +68,3 @@ def _fit(data: bytes | None, short_side: int) -> Fitted:
     return Fitted(
         data=data, width=width, height=height, source_short_side=shortest, is_kept=is_kept
     )
-
-
-def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether training can use the bytes as they are: JPEG, no CMYK, no rotation to apply."""
-    if data[:2] != b"\xff\xd8":
-        return False
-    if simplejpeg.decode_jpeg_header(data)[2] not in ("YCbCr", "RGB", "Gray"):
-        return False
-    with Image.open(io.BytesIO(data)) as image:
-        return image.getexif().get(ORIENTATION, 1) == 1

@@ -30,6 +30,8 @@ def test_defaults_are_those_the_readme_promises() -> None:
     assert defaults.engine.micro_batch == "auto"
     assert config.model.logit_scale_init == pytest.approx(1 / 0.07)
     assert (config.data.crop_scale, config.data.flip) == ((0.9, 1.0), 0.0)
+    assert (config.data.clean_captions, config.data.augment_image) == (False, "none")
+    assert (config.data.augment_text, config.data.synonyms) == (0.0, None)
     assert config.data.shuffle_window == 4096
     assert config.evaluate.every == "end"
     assert config.cluster.max_failures == 3
@@ -49,9 +51,11 @@ def test_local_paths_become_absolute_and_urls_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = parse_config(tiny_values(data={"train": "a/b", "val": "s3://bucket/x"}), "test")
+    data = {"train": "a/b", "val": "s3://bucket/x", "synonyms": "groups.txt"}
+    config = parse_config(tiny_values(data=data), "test")
     assert config.data.train[0].path == str(tmp_path / "a/b")
     assert config.data.val == "s3://bucket/x"
+    assert config.data.synonyms == str(tmp_path / "groups.txt")
     assert config.cluster.storage == str(tmp_path / "runs")
 
 

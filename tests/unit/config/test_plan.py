@@ -1,9 +1,11 @@
 from typing import Any, get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipeline.config.plan import Facts, find_contradictions, make_plan
-from pipeline.config.schema import LossKind
+from pipeline.config.plan import Facts, Plan, find_contradictions, make_plan, resize
+from pipeline.config.schema import Config, LossKind
 from tests.tiny import tiny_config
 
 FACTS = Facts(
@@ -194,3 +196,62 @@ def test_exchanged_bytes_do_not_depend_on_the_number_of_workers() -> None:
         )
         plan, _ = make_plan(config, FACTS)
         assert plan.loss_bytes_per_step == 2 * 4 * (2 * 16 + 2)
+
+
+def _planned(workers: int, micro: int, accumulation: int, **loss: Any) -> tuple[Config, Plan]:
+    config = tiny_config(
+        train={"global_batch": workers * micro * accumulation, "samples": 1000},
+        engine={"micro_batch": micro},
+        cluster={"workers": workers},
+        loss=loss,
+    )
+    plan, problems = make_plan(config, FACTS)
+    assert not problems
+    return config, plan
+
+
+@given(
+    before=st.integers(1, 8), now=st.integers(1, 8), micro=st.integers(4, 16),
+    accumulation=st.integers(1, 3), exchange=st.integers(0, 2),
+)  # fmt: skip
+def test_another_number_of_workers_keeps_objective_and_length(
+    before: int, now: int, micro: int, accumulation: int, exchange: int
+) -> None:
+    exchange = min(exchange, before - 1)
+    config, plan = _planned(before, micro, accumulation, exchange=exchange)
+    resized = resize(config, now, plan)
+    assert not find_contradictions(resized)
+    again, _ = make_plan(resized, FACTS)
+    assert (again.workers, again.virtual_batch) == (now, plan.virtual_batch)
+    assert plan.samples - again.global_batch < again.samples <= plan.samples
+    assert 2 <= again.micro_batch <= micro
+    # A worker's micro batch is rounded to whole pairs, and has two at least.
+    parts = now * again.accumulation
+    assert abs(again.global_batch - plan.global_batch) <= max(
+        parts / 2, 2 * now - plan.global_batch
+    )
+    if before % now == 0:
+        assert again.global_batch == plan.global_batch
+        assert again.micro_batch == micro
+
+
+@pytest.mark.parametrize(
+    ("workers", "global_batch", "micro", "accumulation"),
+    [(1, 16, 8, 2), (2, 16, 8, 1), (3, 15, 5, 1), (4, 16, 4, 1), (8, 16, 2, 1), (10, 20, 2, 1)],
+)
+def test_the_batch_at_another_number_of_workers(
+    workers: int, global_batch: int, micro: int, accumulation: int
+) -> None:
+    config, plan = _planned(2, 8, 1)
+    again, _ = make_plan(resize(config, workers, plan), FACTS)
+    found = (again.global_batch, again.micro_batch, again.accumulation)
+    assert found == (global_batch, micro, accumulation)
+
+
+def test_a_comparator_that_needs_the_whole_batch_is_never_accumulated() -> None:
+    config, plan = _planned(2, 8, 1, kind="infonce_gathered")
+    for workers, expected in ((1, (16, 16)), (3, (15, 5))):
+        resized = resize(config, workers, plan)
+        assert not find_contradictions(resized)
+        again, _ = make_plan(resized, FACTS)
+        assert (again.global_batch, again.micro_batch) == expected

@@ -71,6 +71,17 @@ def test_advice_names_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert all("gammaray data prepare" in sentence for sentence in advice[1:])
 
 
+def test_captions_that_cleaning_would_change_are_counted(tmp_path: Path) -> None:
+    captions = ["a <b>dog</b>", "schÃ¶n", "Tom &amp; Jerry", "a < b", "I <3 “you”", "x\t y", ""]
+    columns = {"jpg": [_picture(40, 30)] * 7, "caption": captions}
+    pq.write_table(pa.table(columns), tmp_path / "0.parquet")
+    found = inspect(read_catalog(str(tmp_path), "PATH"))
+    assert found.unclean_captions == found.to_json()["unclean_captions"] == 3
+    (sentence,) = found.advice()
+    assert "3 of 6 sampled captions hold broken" in sentence
+    assert "data.clean_captions=true" in sentence
+
+
 def test_the_command_prints_draws_and_writes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,6 @@ from pipeline.train.loop import (
     Actions,
     Cadence,
     Progress,
-    StepReport,
     run_loop,
 )
 
@@ -13,14 +12,15 @@ from pipeline.train.loop import (
 def _run(progress: Progress, bad_steps: frozenset[int] = frozenset(), **cadence) -> list[str]:
     seen: list[str] = []
 
-    def step(at: Progress) -> StepReport:
-        return StepReport(samples=4, is_finite=at.step + 1 not in bad_steps)
+    def step(at: Progress) -> bool:
+        return at.step + 1 not in bad_steps
 
     def note(name: str):
         return lambda at: seen.append(f"{name}{at.step}")
 
     settings = {
-        "steps": 6,
+        "samples": 27,
+        "global_batch": 4,
         "log_every": 2,
         "evaluate_every": 3,
         "checkpoint_every": 4,

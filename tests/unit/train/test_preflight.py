@@ -70,10 +70,28 @@ def test_no_evaluation_without_rows_for_it(pairs: dict[str, str], tmp_path: Path
 
 
 def test_the_tokenizer_of_a_continued_run_is_kept(pairs: dict[str, str], tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    prepared = prepare(_config(pairs, tmp_path), tokenizer)
-    assert prepared.tokenizer is tokenizer
-    assert prepare(_config(pairs, tmp_path)).tokenizer != tokenizer
+    record = _record()
+    prepared = prepare(_config(pairs, tmp_path), record)
+    assert prepared.tokenizer is record.tokenizer
+    assert prepared.began is None
+    assert prepare(_config(pairs, tmp_path)).tokenizer != record.tokenizer
+
+
+def test_a_continued_run_keeps_its_length_at_another_number_of_workers(
+    pairs: dict[str, str], tmp_path: Path
+) -> None:
+    config = _config(pairs, tmp_path, train={"global_batch": 8, "samples": 100})
+    prepared = prepare(_with_workers(config, 3), _record())
+    assert prepared.began is not None
+    assert (prepared.began.workers, prepared.began.samples) == (1, 96)
+    assert (prepared.plan.workers, prepared.plan.global_batch) == (3, 9)
+    assert prepared.plan.samples == 96
+    assert prepared.config.loss.virtual_batch == 8
+
+
+def _with_workers(config: Config, workers: int) -> Config:
+    cluster = {"workers": workers, "cpus_per_worker": 0.1, "ingest_cpus": 1}
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update=cluster)})
 
 
 def _classes(prepared: Prepared) -> tuple[tuple[str, ...], ...]:
@@ -185,6 +203,27 @@ def test_captions_without_text(pairs: dict[str, str], tmp_path: Path) -> None:
     train = write_pairs(tmp_path / "train", 8, caption=["", None] * 4)
     with pytest.raises(UserError, match=r"data.train: the caption column of .* holds no text"):
         prepare(_config(pairs, tmp_path, data={"train": str(train)}))
+
+
+def test_a_tokenizer_is_trained_on_cleaned_captions(tmp_path: Path) -> None:
+    found = write_pairs(tmp_path / "found", 4, caption=["<b>schÃ¶n</b>", "a &amp; b", "<br>", "c"])
+    meant = write_pairs(tmp_path / "meant", 4, caption=["schön", "a & b", "", "c"])
+    tokenizers = [
+        prepare(
+            _config(
+                {"train": str(folder)}, tmp_path, data={"clean_captions": is_clean},
+                train={"global_batch": 2, "samples": 4},
+            )
+        ).tokenizer
+        for folder, is_clean in ((found, True), (meant, False), (found, False))
+    ]  # fmt: skip
+    assert tokenizers[0] == tokenizers[1] != tokenizers[2]
+
+
+def test_synonyms_that_cannot_be_read(pairs: dict[str, str], tmp_path: Path) -> None:
+    config = _config(pairs, tmp_path, data={"synonyms": str(tmp_path / "none.txt")})
+    with pytest.raises(UserError, match=r"1\. data\.synonyms: cannot read .*none\.txt"):
+        prepare(config)
 
 
 def test_a_given_column_of_the_wrong_type_is_told_under_its_own_key(
