@@ -12,11 +12,9 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
-import cv2
 import numpy as np
-import pyarrow as pa
 import ray
 import ray.data
 import torch
@@ -25,44 +23,14 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.exceptions import RayTaskError
 
-from pipeline.data import image as image_module
-from pipeline.data.augment import augment_image, augment_text, read_synonyms
-from pipeline.data.clean import clean_captions
-from pipeline.data.layout import Catalog, Source, as_captions
-from pipeline.data.order import Cursor, Order, Piece, RowGroup, Visit, permutation
+from pipeline.data.decode import GOOD, REASONS, Decode, ReadPiece, Recipe
+from pipeline.data.layout import Catalog
+from pipeline.data.order import Cursor, Order, Piece, RowGroup
 from pipeline.data.order import Source as OrderedSource
-from pipeline.data.rows import Absence, read_rows
-from pipeline.data.storage import open_filesystem
-from pipeline.data.text import Tokenizer
 
-REASONS = (*get_args(image_module.Reason), *get_args(Absence), "empty_caption")
-GOOD = -1
-CHUNK_ROWS = 256  # rows decoded at once in a task
 BLOCK_BYTES = 32 * 2**20  # a decoded block: small enough for a quick first batch
 PIECES_PER_EXECUTION = 512  # read tasks planned at once; bounds the plan of a web-scale epoch
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """How a row becomes arrays. `train`: random crop and drawn caption; else eval geometry.
-
-    Only training augments; `augment_text` is a probability, `synonyms` the path of its file.
-    """
-
-    tokenizer: Tokenizer
-    context_length: int
-    image_size: int
-    crop_scale: tuple[float, float]
-    flip: float
-    background: tuple[int, int, int]
-    seed: int
-    train: bool
-    labels: tuple[str, ...] = ()
-    clean_captions: bool = False
-    augment_image: Literal["none", "rand_augment"] = "none"
-    augment_text: float = 0.0
-    synonyms: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,12 +169,12 @@ def _blocks(
     if hasattr(context, "execution_no_progress_timeout_s"):
         context.execution_no_progress_timeout_s = -1
     while planned := list(itertools.islice(pieces, PIECES_PER_EXECUTION)):
-        tasks = [_ReadPiece.of(catalog, order, piece, recipe.labels) for piece in planned]
+        tasks = [ReadPiece.of(catalog, order, piece, recipe.labels) for piece in planned]
         dataset = ray.data.read_datasource(
             _Pieces(tasks), override_num_blocks=len(tasks), **resources
         )
         dataset = dataset.map_batches(
-            _Decode(recipe), batch_size=None, batch_format="pyarrow", **resources
+            Decode(recipe), batch_size=None, batch_format="pyarrow", **resources
         )
         iterator: Any = dataset.iterator()
         try:
@@ -227,7 +195,7 @@ _RAISED = "RuntimeError: "
 class _Pieces(Datasource):
     """One read task per piece."""
 
-    def __init__(self, tasks: list["_ReadPiece"]):
+    def __init__(self, tasks: list["ReadPiece"]):
         super().__init__()
         self._tasks = tasks
 
@@ -249,170 +217,6 @@ class _Pieces(Datasource):
             )
             for task in self._tasks
         ]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _ReadPiece:
-    """Reads a piece's row groups and gives its rows, encoded, in the order of their positions."""
-
-    shards: tuple[tuple[Source, str], ...]  # of each visit of the window: its source, its path
-    piece: Piece
-    seed: int
-    shuffle: bool
-    labels: tuple[str, ...]
-
-    @staticmethod
-    def of(catalog: Catalog, order: Order, piece: Piece, labels: tuple[str, ...]) -> "_ReadPiece":
-        shards = [catalog.shards[visit.group.shard] for visit in piece.window.visits]
-        return _ReadPiece(
-            shards=tuple((catalog.sources[shard.source], shard.path) for shard in shards),
-            piece=piece,
-            seed=order.seed,
-            shuffle=order.shuffle,
-            labels=labels,
-        )
-
-    @property
-    def rows(self) -> int:
-        return self.piece.positions[1] - self.piece.positions[0]
-
-    def __call__(self) -> Iterator[pa.Table]:
-        window = self.piece.window
-        table = pa.concat_tables(
-            self._read(*shard, visit)
-            for shard, visit in zip(self.shards, window.visits, strict=True)
-        )
-        rows_of_positions = permutation(self.seed, self.piece.epoch, window, self.shuffle)
-        low, high = (position - window.start for position in self.piece.positions)
-        for start in range(low, high, CHUNK_ROWS):
-            positions = np.arange(start, min(start + CHUNK_ROWS, high))
-            chunk = table.take(pa.array(rows_of_positions[positions]))
-            yield chunk.append_column("position", pa.array(positions + window.start))
-
-    def _read(self, source: Source, path: str, visit: Visit) -> pa.Table:
-        filesystem, _ = open_filesystem(source.root)
-        group = visit.group
-        table = read_rows(filesystem, path, group.index, source.columns, self.labels)
-        if table.num_rows != group.rows:
-            raise RuntimeError(
-                f"{path}: row group {group.index} has {table.num_rows} rows, and had {group.rows} "
-                "when the run began; restore the file, or start a run with another name"
-            )
-        chosen = visit.chosen(self.seed)
-        if visit.rows < group.rows:
-            table = table.take(pa.array(chosen))
-        for name, values in (
-            ("epoch", np.full(visit.rows, self.piece.epoch, np.int64)),
-            ("turn", np.full(visit.rows, visit.turn, np.int64)),
-            ("shard", np.full(visit.rows, group.shard, np.int64)),
-            ("row_group", np.full(visit.rows, group.index, np.int64)),
-            ("ordinal", chosen),
-        ):
-            table = table.append_column(name, pa.array(values))
-        return table
-
-
-class _Decode:
-    """Encoded rows -> arrays. A bad row stays, as zeros with its reason, until it is counted."""
-
-    def __init__(self, recipe: Recipe):
-        self._recipe = recipe
-
-    def __call__(self, table: pa.Table) -> dict[str, Any]:
-        cv2.setNumThreads(1)  # one task, one CPU
-        recipe = self._recipe
-        rows = table.num_rows
-        identity = {
-            name: table.column(name).to_numpy()
-            for name in ("epoch", "turn", "position", "shard", "row_group", "row", "ordinal")
-        }
-        images = np.zeros((rows, recipe.image_size, recipe.image_size, 3), dtype=np.uint8)
-        reasons = np.full(rows, GOOD, dtype=np.int8)
-        cleaned = np.zeros(rows, dtype=np.bool_)
-        texts: list[str] = []
-        more: list[list[str]] = []
-        image_column, caption_column = table.column("image"), table.column("caption")
-        absences = table.column("absence").to_pylist()
-        for row in range(rows):
-            rng = np.random.default_rng(
-                [
-                    recipe.seed,
-                    # A row that comes twice in an epoch comes in two turns.
-                    *(int(identity[name][row]) for name in ("turn", "shard", "row_group", "row")),
-                ]
-            )
-            captions = as_captions(caption_column[row].as_py())
-            if recipe.clean_captions:
-                found, captions = captions, clean_captions(captions)
-                cleaned[row] = captions != found
-            encoded = self._draw(image_column[row].as_py(), rng)
-            reason: str | None = absences[row] or (None if captions else "empty_caption")
-            if reason is None:
-                try:
-                    images[row] = self._pixels(encoded, rng)
-                except image_module.BadImage as error:
-                    reason = error.reason
-            if reason is not None:
-                reasons[row] = REASONS.index(reason)
-            captions = captions or [""]
-            drawn = int(rng.integers(len(captions))) if recipe.train else 0
-            text = captions[drawn]
-            if recipe.train and reason is None:
-                # Drawn last: crops and captions are the same with augmentation or without.
-                text = self._augment(images[row], text, rng)
-            texts.append(text)
-            more.append(captions[1:])
-        tokens, cut = recipe.tokenizer.encode(texts, recipe.context_length)
-        columns = {
-            **identity,
-            "image": images,
-            "tokens": tokens,
-            "cut": cut,
-            "cleaned": cleaned,
-            "reason": reasons,
-        }
-        if not recipe.train:
-            columns["more_tokens"] = self._encode_more(more)
-            for label in recipe.labels:
-                values = table.column(f"label/{label}").to_pylist()
-                columns[f"label/{label}"] = np.array(
-                    [value or "" for value in values], dtype=object
-                )
-        return columns
-
-    def _draw(self, images: list[bytes | None] | None, rng: np.random.Generator) -> bytes | None:
-        """One of a row's images: any in training, else the first."""
-        there = [image for image in images or () if image]
-        if len(there) < 2 or not self._recipe.train:
-            return there[0] if there else None
-        return there[int(rng.integers(len(there)))]
-
-    def _pixels(self, data: bytes | None, rng: np.random.Generator) -> image_module.Pixels:
-        recipe = self._recipe
-        if not recipe.train:
-            return image_module.decode_eval(data, recipe.background, recipe.image_size)
-        return image_module.decode_train(
-            data, recipe.background, recipe.image_size, recipe.crop_scale, recipe.flip, rng
-        )
-
-    def _augment(self, pixels: image_module.Pixels, text: str, rng: np.random.Generator) -> str:
-        """Change `pixels` in place; give the text, changed or not."""
-        recipe = self._recipe
-        if recipe.augment_image == "rand_augment":
-            pixels[:] = augment_image(pixels, recipe.background, rng)
-        if recipe.augment_text and rng.random() < recipe.augment_text:
-            synonyms = read_synonyms(recipe.synonyms) if recipe.synonyms else {}
-            return augment_text(text, synonyms, rng)
-        return text
-
-    def _encode_more(self, more: list[list[str]]) -> NDArray[Any]:
-        """The further captions of each row, as the bytes of an int32 [captions, length] array."""
-        cells = np.empty(len(more), dtype=object)
-        for row, captions in enumerate(more):
-            cells[row] = self._recipe.tokenizer.encode(captions, self._recipe.context_length)[
-                0
-            ].tobytes()
-        return cells
 
 
 def _guard_empty(blocks: Iterable[dict[str, Any]], num_rows: int) -> Iterator[dict[str, Any]]:
@@ -457,7 +261,9 @@ class _Filling:
         end = len(reasons) if len(good) < free else start + int(good[free - 1]) + 1
         chosen = start + good[:free]
         slot = slice(self.rows, self.rows + len(chosen))
-        self.images[slot] = block["image"][chosen]
+        # Mostly all rows are good: a slice is copied once, a choice twice.
+        images = block["image"][start:end]
+        self.images[slot] = images if len(chosen) == len(images) else images[chosen - start]
         self.tokens[slot] = block["tokens"][chosen]
         self.keys[slot] = [
             self._first_keys[shard][group] + ordinal

@@ -1,6 +1,8 @@
 """P1 as a fact about imports: no loss but the comparators can reach other workers."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,13 @@ def test_each_outside_system_has_one_home(library: str) -> None:
     }
     assert users
     assert all(user.startswith(HOMES[library]) for user in users), users
+
+
+def test_data_tasks_start_without_torch_and_ray() -> None:
+    """Every task process would pay for them: a second, and 200 MB."""
+    code = "import sys, pipeline.data.decode; print({'torch', 'ray'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
 
 
 def test_no_attic_modules() -> None:

@@ -1,0 +1,220 @@
+"""What Ray Data's tasks do: a piece of the order -> encoded rows -> arrays.
+
+Enters: the place of rows, a `Recipe`. Leaves: blocks of decoded, tokenised rows with their
+identity. Must not know: batches, workers, Ray, torch (tasks start sooner and smaller without).
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import cv2
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.data import image as image_module
+from pipeline.data.augment import augment_image, augment_text, read_synonyms
+from pipeline.data.clean import clean_captions
+from pipeline.data.layout import Catalog, Source, as_captions
+from pipeline.data.order import Order, Piece, Visit, permutation
+from pipeline.data.rows import Absence, read_rows
+from pipeline.data.storage import open_filesystem
+from pipeline.data.text import Tokenizer
+
+REASONS = (*get_args(image_module.Reason), *get_args(Absence), "empty_caption")
+GOOD = -1
+CHUNK_ROWS = 256  # rows decoded at once in a task
+CONCURRENT_READS = 8  # of a window's row groups: remote storage answers late, but many at once
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How a row becomes arrays. `train`: random crop and drawn caption; else eval geometry.
+
+    Only training augments; `augment_text` is a probability, `synonyms` the path of its file.
+    """
+
+    tokenizer: Tokenizer
+    context_length: int
+    image_size: int
+    crop_scale: tuple[float, float]
+    flip: float
+    background: tuple[int, int, int]
+    seed: int
+    train: bool
+    labels: tuple[str, ...] = ()
+    clean_captions: bool = False
+    augment_image: Literal["none", "rand_augment"] = "none"
+    augment_text: float = 0.0
+    synonyms: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadPiece:
+    """Reads a piece's row groups and gives its rows, encoded, in the order of their positions."""
+
+    shards: tuple[tuple[Source, str], ...]  # of each visit of the window: its source, its path
+    piece: Piece
+    seed: int
+    shuffle: bool
+    labels: tuple[str, ...]
+
+    @staticmethod
+    def of(catalog: Catalog, order: Order, piece: Piece, labels: tuple[str, ...]) -> "ReadPiece":
+        """The task that reads `piece`, with the columns `labels` beside image and caption."""
+        shards = [catalog.shards[visit.group.shard] for visit in piece.window.visits]
+        return ReadPiece(
+            shards=tuple((catalog.sources[shard.source], shard.path) for shard in shards),
+            piece=piece,
+            seed=order.seed,
+            shuffle=order.shuffle,
+            labels=labels,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows it gives."""
+        return self.piece.positions[1] - self.piece.positions[0]
+
+    def __call__(self) -> Iterator[pa.Table]:
+        """Read the window, all row groups at once, and give its rows in chunks."""
+        window = self.piece.window
+        with ThreadPoolExecutor(CONCURRENT_READS) as pool:
+            tables = pool.map(self._read, self.shards, window.visits)
+            # Once: to take rows from a table of chunks, Arrow would combine them every time.
+            table = pa.concat_tables(tables).combine_chunks()
+        rows_of_positions = permutation(self.seed, self.piece.epoch, window, self.shuffle)
+        low, high = (position - window.start for position in self.piece.positions)
+        for start in range(low, high, CHUNK_ROWS):
+            positions = np.arange(start, min(start + CHUNK_ROWS, high))
+            chunk = table.take(pa.array(rows_of_positions[positions]))
+            yield chunk.append_column("position", pa.array(positions + window.start))
+
+    def _read(self, shard: tuple[Source, str], visit: Visit) -> pa.Table:
+        source, path = shard
+        filesystem, _ = open_filesystem(source.root)
+        group = visit.group
+        table = read_rows(filesystem, path, group.index, source.columns, self.labels)
+        if table.num_rows != group.rows:
+            raise RuntimeError(
+                f"{path}: row group {group.index} has {table.num_rows} rows, and had {group.rows} "
+                "when the run began; restore the file, or start a run with another name"
+            )
+        chosen = visit.chosen(self.seed)
+        if visit.rows < group.rows:
+            table = table.take(pa.array(chosen))
+        for name, values in (
+            ("epoch", np.full(visit.rows, self.piece.epoch, np.int64)),
+            ("turn", np.full(visit.rows, visit.turn, np.int64)),
+            ("shard", np.full(visit.rows, group.shard, np.int64)),
+            ("row_group", np.full(visit.rows, group.index, np.int64)),
+            ("ordinal", chosen),
+        ):
+            table = table.append_column(name, pa.array(values))
+        return table
+
+
+class Decode:
+    """Encoded rows -> arrays. A bad row stays, as zeros with its reason, until it is counted."""
+
+    def __init__(self, recipe: Recipe):
+        self._recipe = recipe
+
+    def __call__(self, table: pa.Table) -> dict[str, Any]:
+        """Give the columns of a block; images [rows, size, size, 3] uint8."""
+        cv2.setNumThreads(1)  # one task, one CPU
+        recipe = self._recipe
+        rows = table.num_rows
+        identity = {
+            name: table.column(name).to_numpy()
+            for name in ("epoch", "turn", "position", "shard", "row_group", "row", "ordinal")
+        }
+        images = np.zeros((rows, recipe.image_size, recipe.image_size, 3), dtype=np.uint8)
+        reasons = np.full(rows, GOOD, dtype=np.int8)
+        cleaned = np.zeros(rows, dtype=np.bool_)
+        texts: list[str] = []
+        more: list[list[str]] = []
+        image_column, caption_column = table.column("image"), table.column("caption")
+        absences = table.column("absence").to_pylist()
+        for row in range(rows):
+            rng = np.random.default_rng(
+                [
+                    recipe.seed,
+                    # A row that comes twice in an epoch comes in two turns.
+                    *(int(identity[name][row]) for name in ("turn", "shard", "row_group", "row")),
+                ]
+            )
+            captions = as_captions(caption_column[row].as_py())
+            if recipe.clean_captions:
+                found, captions = captions, clean_captions(captions)
+                cleaned[row] = captions != found
+            encoded = self._draw(image_column[row].as_py(), rng)
+            reason: str | None = absences[row] or (None if captions else "empty_caption")
+            if reason is None:
+                try:
+                    images[row] = self._pixels(encoded, rng)
+                except image_module.BadImage as error:
+                    reason = error.reason
+            if reason is not None:
+                reasons[row] = REASONS.index(reason)
+            captions = captions or [""]
+            drawn = int(rng.integers(len(captions))) if recipe.train else 0
+            text = captions[drawn]
+            if recipe.train and reason is None:
+                # Drawn last: crops and captions are the same with augmentation or without.
+                text = self._augment(images[row], text, rng)
+            texts.append(text)
+            more.append(captions[1:])
+        tokens, cut = recipe.tokenizer.encode(texts, recipe.context_length)
+        columns = {
+            **identity,
+            "image": images,
+            "tokens": tokens,
+            "cut": cut,
+            "cleaned": cleaned,
+            "reason": reasons,
+        }
+        if not recipe.train:
+            columns["more_tokens"] = self._encode_more(more)
+            for label in recipe.labels:
+                values = table.column(f"label/{label}").to_pylist()
+                columns[f"label/{label}"] = np.array(
+                    [value or "" for value in values], dtype=object
+                )
+        return columns
+
+    def _draw(self, images: list[bytes | None] | None, rng: np.random.Generator) -> bytes | None:
+        """One of a row's images: any in training, else the first."""
+        there = [image for image in images or () if image]
+        if len(there) < 2 or not self._recipe.train:
+            return there[0] if there else None
+        return there[int(rng.integers(len(there)))]
+
+    def _pixels(self, data: bytes | None, rng: np.random.Generator) -> image_module.Pixels:
+        recipe = self._recipe
+        if not recipe.train:
+            return image_module.decode_eval(data, recipe.background, recipe.image_size)
+        return image_module.decode_train(
+            data, recipe.background, recipe.image_size, recipe.crop_scale, recipe.flip, rng
+        )
+
+    def _augment(self, pixels: image_module.Pixels, text: str, rng: np.random.Generator) -> str:
+        """Change `pixels` in place; give the text, changed or not."""
+        recipe = self._recipe
+        if recipe.augment_image == "rand_augment":
+            pixels[:] = augment_image(pixels, recipe.background, rng)
+        if recipe.augment_text and rng.random() < recipe.augment_text:
+            synonyms = read_synonyms(recipe.synonyms) if recipe.synonyms else {}
+            return augment_text(text, synonyms, rng)
+        return text
+
+    def _encode_more(self, more: list[list[str]]) -> NDArray[Any]:
+        """The further captions of each row, as the bytes of an int32 [captions, length] array."""
+        cells = np.empty(len(more), dtype=object)
+        for row, captions in enumerate(more):
+            cells[row] = self._recipe.tokenizer.encode(captions, self._recipe.context_length)[
+                0
+            ].tobytes()
+        return cells
