@@ -8,14 +8,13 @@ import contextlib
 import http.client
 import logging
 import os
-import queue
 import re
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +30,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 FLUSH_SECONDS = 2.0
 RETRY_SECONDS = 15.0
 MAX_BUFFERED = 100_000
+Point = tuple[int, int, dict[str, float]]  # step, time in ms, value by metric
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,26 +134,31 @@ def read_history(ref: RunRef, names: list[str]) -> dict[str, list[tuple[int, flo
 class MetricLog:
     """Sends points from a thread of its own: `log` never waits and never fails.
 
-    When the tracker is gone, points wait (up to `MAX_BUFFERED`) and are sent once it answers. On a
-    resumed run, steps that were logged before are not logged again.
+    When the tracker is gone, points wait (up to `MAX_BUFFERED`) and are sent once it answers. Those
+    that still wait when a checkpoint is saved are saved with it (`undelivered`), and given to the
+    log of the worker that goes on. Steps that were logged before are not logged again.
     """
 
-    def __init__(self, ref: RunRef, system_metrics_seconds: int):
+    def __init__(self, ref: RunRef, system_metrics_seconds: int, undelivered: Sequence[Point] = ()):
         self._ref = ref
         self._interval = system_metrics_seconds
-        self._points: queue.SimpleQueue[tuple[int, int, dict[str, float]] | None] = (
-            queue.SimpleQueue()
-        )
+        self._waiting: deque[Point] = deque(undelivered, maxlen=MAX_BUFFERED)
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
         self._thread.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Queue one point of each metric at `step`."""
-        self._points.put((step, int(time.time() * 1000), dict(metrics)))
+        self._waiting.append((step, int(time.time() * 1000), dict(metrics)))
+
+    @property
+    def undelivered(self) -> list[Point]:
+        """What the tracker has not taken yet."""
+        return list(self._waiting.copy())
 
     def close(self, timeout: float = 30.0) -> None:
         """Send what is queued; give up after `timeout` seconds."""
-        self._points.put(None)
+        self._closing.set()
         self._thread.join(timeout)
         if self._thread.is_alive():
             log.warning("MLflow at %s did not take the last points in time", self._ref.uri)
@@ -162,17 +167,16 @@ class MetricLog:
         client: MlflowClient | None = None
         monitor: Any = None
         logged: dict[str, int] = {}
-        waiting: deque[tuple[int, int, dict[str, float]]] = deque(maxlen=MAX_BUFFERED)
         is_open, is_warned, retry_at = True, False, 0.0
-        while is_open or waiting:
-            is_open = self._collect(waiting, is_open)
+        while is_open or self._waiting:
+            is_open = not self._closing.wait(FLUSH_SECONDS)
             if time.monotonic() < retry_at and is_open:
                 continue
             try:
                 if client is None:
                     client = _client(self._ref.uri)
                     monitor = _start_monitor(self._ref, self._interval)
-                _send(client, self._ref.run_id, waiting, logged)
+                _send(client, self._ref.run_id, self._waiting, logged)
                 is_warned = False
             except Exception as error:  # noqa: BLE001  no tracker's failure may stop training
                 if not is_warned:
@@ -181,30 +185,17 @@ class MetricLog:
                     )
                 is_warned, retry_at = True, time.monotonic() + RETRY_SECONDS
                 if not is_open:
-                    log.warning("%d metric points could not be delivered", len(waiting))
+                    log.warning("%d metric points could not be delivered", len(self._waiting))
                     break
         if monitor is not None:
             with contextlib.suppress(Exception):
                 monitor.finish()
 
-    def _collect(self, waiting: deque[tuple[int, int, dict[str, float]]], is_open: bool) -> bool:
-        """Move queued points to `waiting` for a while; give whether more may come."""
-        deadline = time.monotonic() + FLUSH_SECONDS
-        while is_open and (left := deadline - time.monotonic()) > 0:
-            try:
-                point = self._points.get(timeout=left)
-            except queue.Empty:
-                break
-            if point is None:
-                return False
-            waiting.append(point)
-        return is_open
-
 
 def _send(
     client: "MlflowClient",
     run_id: str,
-    waiting: deque[tuple[int, int, dict[str, float]]],
+    waiting: deque[Point],
     logged: dict[str, int],
 ) -> None:
     """Send `waiting` in order; `logged` holds the last step of a metric before this attempt."""
@@ -223,8 +214,9 @@ def _send(
         ]
         if entries:
             client.log_batch(run_id, metrics=entries)
-        for _ in points:
-            waiting.popleft()
+        for point in points:
+            if waiting[0] is point:  # or else the oldest fell out meanwhile, to make room
+                waiting.popleft()
 
 
 def metric_name(name: str) -> str:

@@ -1,13 +1,13 @@
 """What a checkpoint holds, written by all ranks and read back by all.
 
 state/            DeepSpeed's shards: weights, optimiser state
-part-R.json       rank R: rows used since the run began, counts
+part-R.json       rank R: rows used since the run began, counts, undelivered metrics
 loss-R.pt         rank R: the loss's running state
 meta.json         progress, world size, ZeRO stage, config, plan, tokenizer, versions
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,22 @@ from pipeline.data.stream import Tally
 from pipeline.data.text import Tokenizer
 from pipeline.engine.zero import Engine
 from pipeline.losses.base import Loss
+from pipeline.tracking.tracker import Point
 from pipeline.train.loop import Progress
 from pipeline.train.store import META
 
 
 @dataclass(kw_only=True, slots=True)
 class State:
-    """Everything besides the engine's own state that training changes; of one worker."""
+    """Everything besides the engine's own state that training changes; of one worker.
+
+    `points` are metrics the tracker has not taken yet; rank 0 has them.
+    """
 
     progress: Progress
     cursor: Cursor
     tally: Tally
+    points: list[Point] = field(default_factory=list)
 
 
 def save_checkpoint(
@@ -51,6 +56,7 @@ def save_checkpoint(
     engine.save(folder)
     part = {
         "cursor": state.cursor.to_json(),
+        "points": state.points,
         "tally": {
             "rows": state.tally.rows,
             "cut": state.tally.cut,
@@ -100,7 +106,8 @@ def load_checkpoint(
         cursor.merge(Cursor.from_json(part["cursor"]))
         if rank == 0:
             _add(tally, part["tally"])
-    return State(progress=Progress(**meta["progress"]), cursor=cursor, tally=tally)
+    points = [(step, time, values) for step, time, values in parts[0]["points"]]
+    return State(progress=Progress(**meta["progress"]), cursor=cursor, tally=tally, points=points)
 
 
 def _add(tally: Tally, saved: dict[str, Any]) -> None:

@@ -168,7 +168,9 @@ class _Trainer:
         config, plan = self.job.config, self.job.plan
         self._restore()
         if self.rank == 0:
-            self.metrics = MetricLog(self.job.run, config.tracking.system_metrics_seconds)
+            self.metrics = MetricLog(
+                self.job.run, config.tracking.system_metrics_seconds, self.state.points
+            )
         order = make_order(self.job.catalog, config.data.shuffle_window, config.train.seed)
         self.batches = train_batches(
             self.job.catalog,
@@ -322,6 +324,7 @@ class _Trainer:
             # What workers of another number may have left there when they were killed. The others
             # have not begun to write: DeepSpeed's save waits for all ranks.
             run.remove(name)
+        self.state.points = [] if self.metrics is None else self.metrics.undelivered
         folder = Path(tempfile.mkdtemp(prefix="gammaray-"))
         save_checkpoint(
             folder,

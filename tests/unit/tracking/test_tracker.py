@@ -1,3 +1,4 @@
+import json
 import logging
 import socket
 import threading
@@ -133,6 +134,24 @@ def test_points_arrive_in_order_of_their_steps(ref: RunRef) -> None:
     assert history["train/loss"] == [(step, pytest.approx(1 / step)) for step in range(1, 51)]
     assert history["train/step"][-1] == (50, 50.0)
     assert history["train/none"] == []
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_what_a_dead_tracker_did_not_take_is_taken_over(ref: RunRef) -> None:
+    """As a checkpoint does, through JSON; what was delivered meanwhile is not sent twice."""
+    dead = MetricLog(DEAD, system_metrics_seconds=10)
+    for step in (8, 16, 24):
+        dead.log(step, {"train/loss": step / 8})
+    kept = json.loads(json.dumps(dead.undelivered))
+    dead.close()
+    _log_all(ref, (8, {"train/loss": 1.0}))
+    points = [(step, at, values) for step, at, values in kept]
+    metrics = MetricLog(ref, 10, points)
+    metrics.log(32, {"train/loss": 4.0})
+    metrics.close()
+    assert metrics.undelivered == []
+    found = read_history(ref, ["train/loss"])["train/loss"]
+    assert found == [(8, 1.0), (16, 2.0), (24, 3.0), (32, 4.0)]
 
 
 def test_points_arrive_before_the_log_is_closed(ref: RunRef) -> None:
