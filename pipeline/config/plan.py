@@ -17,6 +17,9 @@ WHOLE_BATCH: frozenset[LossKind] = frozenset(
 )
 
 
+ENOUGH_GROUPS = 4  # row groups in a window: see `jobs.bench.shuffle`
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
     """What the config does not say: the data's size and the model's.
@@ -26,6 +29,7 @@ class Facts:
 
     train_rows: int
     epoch_rows: int
+    row_groups: int
     val_rows: int
     vocab_size: int
     num_parameters: int
@@ -48,6 +52,8 @@ class Plan:
     virtual_batch: int
     train_rows: int
     epoch_rows: int
+    row_groups: int
+    shuffle_window: int
     val_rows: int
     samples: int
     steps: int
@@ -81,6 +87,7 @@ class Plan:
         return [
             f"Data: {self.train_rows:,} training rows, {self.epoch_rows:,} an epoch; "
             f"{self.val_rows:,} evaluation rows.",
+            self._order(),
             f"Batch: {self.global_batch:,} pairs a step on {self.workers} worker(s), "
             f"{self.local_batch:,} each {accumulate}; {contrast}.",
             f"Length: {self.steps:,} steps, {self.samples:,} samples, {epochs:.2f} epochs; "
@@ -94,6 +101,19 @@ class Plan:
             f"{_bytes(self.all_gather_bytes_per_step)}.",
             f"Checkpoint: about {_bytes(self.checkpoint_bytes)}.",
         ]
+
+    def _order(self) -> str:
+        """How well rows are mixed; too few row groups in a window leave neighbours together."""
+        rows = self.train_rows / max(self.row_groups, 1)
+        groups = min(math.ceil(self.shuffle_window / rows), self.row_groups)
+        said = f"Order: shuffled in windows of {groups:,} random row groups of {rows:,.0f} rows"
+        if groups >= ENOUGH_GROUPS or groups >= self.row_groups:
+            return f"{said}."
+        return (
+            f"{said}: so few that pairs of a batch come from the same places; set "
+            f"data.shuffle_window={math.ceil(ENOUGH_GROUPS * rows)} (a reading task holds as many "
+            "encoded), or write smaller row groups with `gammaray data prepare`."
+        )
 
 
 def _batches(config: Config) -> tuple[int, int]:
@@ -257,6 +277,8 @@ def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
         virtual_batch=_virtual_batch(config),
         train_rows=facts.train_rows,
         epoch_rows=facts.epoch_rows,
+        row_groups=facts.row_groups,
+        shuffle_window=config.data.shuffle_window,
         val_rows=min(facts.val_rows, config.evaluate.max_rows),
         samples=steps * train.global_batch,
         steps=steps,

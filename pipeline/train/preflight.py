@@ -277,6 +277,7 @@ def _find_facts(
     return Facts(
         train_rows=catalog.num_rows,
         epoch_rows=catalog.rows_an_epoch,
+        row_groups=sum(len(shard.row_groups) for shard in catalog.shards),
         val_rows=val.num_rows if val is not None else 0,
         vocab_size=tokenizer.vocab_size,
         num_parameters=sum(parameter.numel() for parameter in module.parameters()),

@@ -18,7 +18,13 @@ from tests.tiny import tiny_config
 GLOBAL_BATCH, DIM, ROWS, STEPS = 12, 6, 18, 4
 GAMMA, RHO = 0.6, 0.8
 FACTS = Facts(
-    train_rows=ROWS, epoch_rows=ROWS, val_rows=0, vocab_size=300, num_parameters=1, embed_dim=DIM
+    train_rows=ROWS,
+    epoch_rows=ROWS,
+    row_groups=1,
+    val_rows=0,
+    vocab_size=300,
+    num_parameters=1,
+    embed_dim=DIM,
 )
 KINDS = [kind for kind in get_args(LossKind) if kind != "gamma"]
 

@@ -31,6 +31,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 FACTS = Facts(
     train_rows=GLOBAL_BATCH,
     epoch_rows=GLOBAL_BATCH,
+    row_groups=1,
     val_rows=0,
     vocab_size=300,
     num_parameters=1,

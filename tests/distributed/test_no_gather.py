@@ -125,7 +125,13 @@ def _bytes_of_losses() -> dict[str, tuple[int, set[str]]]:
     """Bytes received in a loss and its backward, and what was called; by kind of loss."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     facts = Facts(
-        train_rows=99, epoch_rows=99, val_rows=0, vocab_size=300, num_parameters=1, embed_dim=DIM
+        train_rows=99,
+        epoch_rows=99,
+        row_groups=1,
+        val_rows=0,
+        vocab_size=300,
+        num_parameters=1,
+        embed_dim=DIM,
     )
     found = {}
     for kind in get_args(LossKind):

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -11,6 +12,7 @@ from tests.tiny import tiny_config
 FACTS = Facts(
     train_rows=1000,
     epoch_rows=1000,
+    row_groups=1,
     val_rows=100,
     vocab_size=300,
     num_parameters=10_000,
@@ -92,6 +94,28 @@ def test_sentences_name_the_numbers() -> None:
     text = " ".join(make_plan(tiny_config(), FACTS)[0].sentences())
     for part in ("8 pairs a step", "virtual batch of 8", "8 steps", "10,000 parameters", "0 bytes"):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("row_groups", "window", "advice"),
+    [
+        (10, 400, None),
+        (10, 301, None),
+        (10, 300, 400),
+        (10, 50, 400),
+        (3, 1000, None),
+        (1, 5, None),
+    ],
+)
+def test_a_window_of_few_row_groups_is_said(
+    row_groups: int, window: int, advice: int | None
+) -> None:
+    config = tiny_config(data={"train": "nowhere", "shuffle_window": window})
+    facts = replace(FACTS, row_groups=row_groups)
+    sentence = make_plan(config, facts)[0].sentences()[1]
+    assert sentence.startswith("Order: shuffled in windows of")
+    assert ("data.shuffle_window=" in sentence) == (advice is not None)
+    assert advice is None or f"data.shuffle_window={advice} " in sentence
 
 
 def test_contradictions_are_all_found() -> None:

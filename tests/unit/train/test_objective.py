@@ -14,7 +14,13 @@ from pipeline.train.objective import Outputs, build_loss
 from tests.tiny import tiny_config, tiny_module, tiny_pairs
 
 FACTS = Facts(
-    train_rows=20, epoch_rows=20, val_rows=0, vocab_size=300, num_parameters=1, embed_dim=16
+    train_rows=20,
+    epoch_rows=20,
+    row_groups=1,
+    val_rows=0,
+    vocab_size=300,
+    num_parameters=1,
+    embed_dim=16,
 )
 CLASSES = {
     "gamma": GammaLoss,
