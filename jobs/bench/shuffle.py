@@ -242,7 +242,7 @@ def draw(file: Path) -> None:
         panel.grid(alpha=0.3)
     worth.set_yscale("log", base=2)
     worth.yaxis.set_major_formatter("{x:.0f}")
-    distance.legend(fontsize=8)
+    distance.legend(fontsize=8, loc="lower right")
     figure.savefig(file, dpi=120)
 
 

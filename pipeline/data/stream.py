@@ -6,11 +6,12 @@ and tokenising happen in Ray Data tasks; the worker only copies rows into batche
 Must not know: the model, the loss, the trainer.
 """
 
+import contextlib
 import itertools
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from pipeline.data.order import Cursor, Order, Piece, RowGroup
 from pipeline.data.order import Source as OrderedSource
 
 BLOCK_BYTES = 32 * 2**20  # a decoded block: small enough for a quick first batch
+STOP_SECONDS = 5.0  # for an execution to end; it may be waiting for a block
 PIECES_PER_EXECUTION = 512  # read tasks planned at once; bounds the plan of a web-scale epoch
 T = TypeVar("T")
 
@@ -325,7 +327,7 @@ def _rebatch(
     recipe: Recipe,
     size: int,
     pad_last: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Blocks of any size -> batches of `size` good rows; a padded last one only if asked for."""
     first_keys = _first_keys(catalog)
     filling = _Filling(recipe, size, first_keys)
@@ -340,8 +342,11 @@ def _rebatch(
         yield filling.finish()
 
 
-def _ahead(items: Iterator[T], depth: int = 2) -> Iterator[T]:
-    """Run `items` in a thread, `depth` ahead of the consumer; an error in it is raised here."""
+def _ahead(items: Generator[T], depth: int = 2) -> Iterator[T]:
+    """Run `items` in a thread, `depth` ahead of the consumer; an error in it is raised here.
+
+    When the consumer stops, `items` is closed in that thread, and Ray's execution with it.
+    """
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -355,15 +360,17 @@ def _ahead(items: Iterator[T], depth: int = 2) -> Iterator[T]:
         return False
 
     def work() -> None:
-        try:
-            for item in items:
-                if not put((True, item)):
-                    return
-            put((False, None))
-        except BaseException as error:  # noqa: BLE001  it is raised in the consumer's thread
-            put((False, error))
+        with contextlib.closing(items):
+            try:
+                for item in items:
+                    if not put((True, item)):
+                        return
+                put((False, None))
+            except BaseException as error:  # noqa: BLE001  it is raised in the consumer's thread
+                put((False, error))
 
-    threading.Thread(target=work, name="batches-ahead", daemon=True).start()
+    thread = threading.Thread(target=work, name="batches-ahead", daemon=True)
+    thread.start()
     try:
         while True:
             is_item, value = ready.get()
@@ -375,3 +382,4 @@ def _ahead(items: Iterator[T], depth: int = 2) -> Iterator[T]:
                 raise value
     finally:
         stopped.set()
+        thread.join(STOP_SECONDS)

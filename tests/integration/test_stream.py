@@ -19,6 +19,7 @@ from tests.tiny_data import jpeg, write_pairs
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 
+REAL = Path("../shared/data")
 CAPTIONS = [f"picture number {row}" for row in range(60)]
 TOKENIZER = train_tokenizer(CAPTIONS, 400)
 
@@ -211,3 +212,34 @@ def test_no_usable_row_is_an_error_not_an_endless_search(tmp_path: Path) -> None
     write_pairs(tmp_path, 6, image=[b"broken"] * 6)
     with pytest.raises(RuntimeError, match=r"none of \d+ rows in a row is usable .*corrupt_image"):
         next(_batches(tmp_path, size=2))
+
+
+def test_real_sets_as_they_are_mixed_by_weight() -> None:
+    """Pictures and captions of three makers: every row of an epoch, none unusable."""
+    if not REAL.exists():
+        pytest.skip(f"{REAL} is not there: real data are not part of the project")
+    weights = {"openstax_alt": 0.25, "noto_emoji": 1.0, "clothing_small": 1.5}
+    catalogs = [read_catalog(str(REAL / name / "train"), "data.train") for name in weights]
+    catalog = mix(catalogs, list(weights.values()), "data.train")
+    batches = train_batches(
+        catalog,
+        make_order(catalog, window_rows=1024, seed=0),
+        _recipe(image_size=32),
+        Cursor(digest=catalog.digest),
+        world_size=1,
+        rank=0,
+        batch_size=32,
+        ingest_cpus=1,
+    )
+    seen: Counter[int] = Counter()
+    while sum(seen.values()) + 32 <= catalog.rows_an_epoch:
+        batch = next(batches)
+        assert not batch.bad
+        assert all(image.std() > 0 for image in batch.images.float())
+        seen.update(batch.keys.tolist())
+    ends = np.cumsum([each.num_rows for each in catalogs])
+    found = Counter(int(np.searchsorted(ends, key, side="right")) for key in seen.elements())
+    for number, (each, weight) in enumerate(zip(catalogs, weights.values(), strict=True)):
+        # The last batch that is not whole is not looked at.
+        assert abs(found[number] - round(weight * each.num_rows)) < 32
+    assert max(seen.values()) == 2
