@@ -5,9 +5,13 @@ from collections.abc import Iterator
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """One Ray in this process for all tests that need no isolation."""
+    """One Ray in this process for the tests of a module that need no isolation.
+
+    It must not outlive the module: others start, starve and kill Rays of their own beside it, and a
+    process whose Ray has died ends without a word.
+    """
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -4,6 +4,7 @@ Enters: local paths, s3:// and gs:// URLs, any URL fsspec knows. Leaves: a pyarr
 the path on it. Must not know: what the files hold.
 """
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import tenacity
 ATTEMPTS = 6  # reads of a remote file: about a minute with the pauses between
 LONGEST_PAUSE = 20.0  # seconds
 ARROW_SCHEMES = ("file", "gs", "gcs", "hdfs", "abfs", "abfss")
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
 S3_OPTIONS = ("endpoint_override", "scheme", "region")
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -57,16 +59,31 @@ def _open_s3(url: str) -> tuple[pafs.FileSystem, str]:
     region = options.get("region") or _first("AWS_REGION", "AWS_DEFAULT_REGION")
     if endpoint is not None and "://" in endpoint:
         options["scheme"], _, endpoint = endpoint.partition("://")
-    filesystem = pafs.S3FileSystem(
+    # A wrong region costs a redirect; asking for the bucket's would need the network here.
+    filesystem = _s3_client(
+        endpoint,
+        options.get("scheme", "https"),
+        region or "us-east-1",
+        tuple(os.environ.get(name) for name in CREDENTIALS),
+    )
+    return filesystem, f"{parts.netloc}{parts.path}".rstrip("/")
+
+
+@functools.lru_cache(maxsize=16)
+def _s3_client(
+    endpoint: str | None, scheme: str, region: str, credentials: tuple[str | None, ...]
+) -> pafs.S3FileSystem:
+    """One client, and so one pool of connections, for each place and owner in this process."""
+    del credentials  # the client finds them where AWS tools look; other ones need another client
+    return pafs.S3FileSystem(
         endpoint_override=endpoint,
-        scheme=options.get("scheme", "https"),
-        # A wrong region costs a redirect; asking for the bucket's would need the network here.
-        region=region or "us-east-1",
+        scheme=scheme,
+        region=region,
         connect_timeout=10,
         request_timeout=30,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=5),
+        allow_delayed_open=True,  # a small file is one request, not three
     )
-    return filesystem, f"{parts.netloc}{parts.path}".rstrip("/")
 
 
 def _first(*names: str) -> str | None:
