@@ -1,5 +1,6 @@
 """The numbers that follow from a config: pure arithmetic, said in sentences before step 1.
 
+Of a run whose number of workers may change they are those of the most; `resize` gives the others.
 Enters: a `Config` and `Facts` found outside it. Leaves: a frozen `Plan`, or every contradiction
 at once. Must not know: how the facts were found.
 """
@@ -118,14 +119,14 @@ class Plan:
 
 def _batches(config: Config) -> tuple[int, int]:
     """Local and micro batch, in pairs."""
-    local = config.train.global_batch // config.cluster.workers
+    local = config.train.global_batch // config.cluster.max_workers
     return local, local if config.engine.micro_batch == "auto" else config.engine.micro_batch
 
 
 def find_contradictions(config: Config) -> list[Problem]:
     """Everything in `config` that contradicts itself, whatever the data."""
     problems: list[Problem] = []
-    train, workers = config.train, config.cluster.workers
+    train, workers = config.train, config.cluster.max_workers
     if train.global_batch % workers:
         down, up = train.global_batch // workers * workers, -(-train.global_batch // workers)
         problems.append(
@@ -217,7 +218,7 @@ def _loss_contradictions(config: Config, local: int, micro: int) -> list[Problem
                     f"scale would only grow: lower it, e.g. to {largest / 2:.1f}",
                 )
             )
-    workers, exchange = config.cluster.workers, config.loss.exchange
+    workers, exchange = config.cluster.max_workers, config.loss.exchange
     if exchange and (kind != "gamma" or exchange >= workers):
         problems.append(
             Problem(
@@ -239,7 +240,7 @@ def _loss_contradictions(config: Config, local: int, micro: int) -> list[Problem
 
 def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
     """Derive the plan; the problems are what contradicts the data. The config is consistent."""
-    train, workers = config.train, config.cluster.workers
+    train, workers = config.train, config.cluster.max_workers
     local, micro = _batches(config)
     wanted = train.samples or round((train.epochs or 0) * facts.epoch_rows)
     steps = wanted // train.global_batch
@@ -360,7 +361,7 @@ def _weight_bytes(config: Config) -> int:
 
 def _state_bytes(config: Config, parameters: int) -> int:
     """ZeRO's shares: optimiser state over workers from stage 1, gradients 2, parameters 3."""
-    stage, workers = config.engine.zero_stage, config.cluster.workers
+    stage, workers = config.engine.zero_stage, config.cluster.max_workers
     weight = _weight_bytes(config)
     # AdamW's two moments, and a master copy: always in bf16, and for any partitioned stage.
     optimizer = 8 + (4 if weight == 2 or stage else 0)

@@ -365,13 +365,33 @@ class TrackingConfig(Section):
     )
 
 
+class WorkersRange(Section):
+    """A number of workers that follows what the cluster has."""
+
+    min: PositiveInt = Field(description="Training waits while fewer are possible.")
+    max: PositiveInt = Field(description="So many are asked for.")
+    check_every_s: PositiveFloat = Field(
+        default=60.0, description="Seconds between looks whether more, or only fewer, are possible."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, more than max {self.max}: swap them")
+        return self
+
+
 class ClusterConfig(Section):
     """What the run asks of Ray, and where its files go."""
 
     address: str = Field(
         default="local", description="local (start Ray here), or auto or an address."
     )
-    workers: PositiveInt = 1
+    workers: PositiveInt | WorkersRange = Field(
+        default=1,
+        description="Data-parallel workers: a number, or {min, max} to grow and shrink with the "
+        "cluster.",
+    )
     cpus_per_worker: PositiveFloat = Field(default=1.0, description="CPUs reserved for one worker.")
     gpus_per_worker: Literal[0, 1] = 0
     ingest_cpus: PositiveInt = Field(
@@ -382,8 +402,23 @@ class ClusterConfig(Section):
     )
     max_failures: NonNegativeInt = Field(
         default=3,
-        description="Worker failures after which the run gives up; each resumes by itself.",
+        description="Failures after which the run gives up, of those since the last checkpoint; "
+        "before, it resumes by itself. Nodes taken away with notice do not count.",
     )
+    stall_minutes: PositiveFloat = Field(
+        default=10.0,
+        description="A worker that does nothing for so long shows its stacks and is restarted.",
+    )
+
+    @property
+    def max_workers(self) -> int:
+        """How many workers there are at most; the number itself where it is fixed."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+    @property
+    def min_workers(self) -> int:
+        """How many workers there are at least."""
+        return self.workers if isinstance(self.workers, int) else self.workers.min
 
 
 class Config(Section):

@@ -21,6 +21,7 @@ LONGEST_PAUSE = 20.0  # seconds
 ARROW_SCHEMES = ("file", "gs", "gcs", "hdfs", "abfs", "abfss")
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
 S3_OPTIONS = ("endpoint_override", "scheme", "region")
+FULL = ("no space left", "quota exceeded", "quotaexceeded", "errno 28", "errno 122")
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -131,4 +132,8 @@ def explain(error: BaseException) -> str:
     text = str(error).strip().rstrip(":")
     if _is_refused(error):
         return f"{text}; the storage refuses these credentials: renew them, or ask for the right"
+    if any(word in text.lower() for word in FULL):
+        return f"{text}; the disk or its quota is full: make room, or use another cluster.storage"
+    if "RequestTimeTooSkewed" in text:
+        return f"{text}; this machine's clock is wrong: set it (NTP), the storage compares it"
     return text

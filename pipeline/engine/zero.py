@@ -154,15 +154,22 @@ class Engine:
         dist.all_reduce(values)
         return values
 
-    def gather(self, value: Any) -> list[Any]:
-        """Give every rank's `value`, any object that can be pickled, in rank order."""
-        values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-        return values
+    def largest(self, value: int) -> int:
+        """The largest `value` of all ranks."""
+        values = torch.tensor([value], device=self.device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return int(values.item())
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on any rank; every rank gets the same answer."""
         return bool(self.sum(torch.tensor([float(flag)])).item() > 0)
+
+
+def gather(value: Any) -> list[Any]:
+    """Give every rank's `value`, any object that can be pickled, in rank order."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _without_parameters(group: dict[str, Any]) -> dict[str, Any]:

@@ -116,6 +116,18 @@ def close_run(ref: RunRef, status: Status) -> None:
         _client(ref.uri).set_terminated(ref.run_id, status)
 
 
+def set_tags(ref: RunRef, tags: Mapping[str, str]) -> bool:
+    """Tag the run; whether the tracker took it."""
+    try:
+        client = _client(ref.uri)
+        for name, value in tags.items():
+            client.set_tag(ref.run_id, name, value[:5000])
+    except Exception as error:  # noqa: BLE001  no tracker's failure may stop training
+        log.warning("MLflow: could not tag the run: %s", error)
+        return False
+    return True
+
+
 def log_artifacts(ref: RunRef, folder: Path) -> None:
     """Upload every file under `folder`; a tracker that is gone is only warned of."""
     with _tolerant("log artifacts"):

@@ -1,4 +1,7 @@
-"""Messages from the workers to whoever watches the run: a small Ray actor on the driver's node."""
+"""Messages between the workers and whoever watches the run: a small Ray actor on the driver's node.
+
+Events go from workers (and Ray Train's controller) to the driver, wishes the other way.
+"""
 
 import contextlib
 import logging
@@ -6,14 +9,41 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.train.loop import Wish
+
 Event = Mapping[str, Any]
+PATIENCE = 10.0  # seconds to wait for the actor: it is idle but for such calls
 
 
 class _Board:
-    def __init__(self) -> None:
+    def __init__(self, attempts: int) -> None:
         self._events: list[Event] = []
+        self._attempts = attempts
+        self._wish = Wish.NONE
+        self._has_left = False
+
+    def begin(self) -> int:
+        # A wish to move is fulfilled once the workers start anew; a wish to stop stays.
+        if self._wish == Wish.MOVE:
+            self._wish = Wish.NONE
+        self._has_left = False
+        self._attempts += 1
+        return self._attempts
+
+    def ask(self, wish: Wish) -> None:
+        self._wish = max(self._wish, wish)
+
+    def wish(self) -> Wish:
+        return self._wish
+
+    def leave(self) -> None:
+        self._has_left = True
+
+    def has_left(self) -> bool:
+        return self._has_left
 
     def post(self, event: Event) -> None:
         self._events.append(event)
@@ -27,13 +57,16 @@ _BOARD: Any = ray.remote(num_cpus=0)(_Board)
 
 
 class Board:
-    """Workers `post` without waiting; the driver `take`s what has come since."""
+    """Workers `post` without waiting; the driver `take`s what has come since, and may `ask`.
 
-    def __init__(self) -> None:
+    `attempts`: how often the run's workers have been started before.
+    """
+
+    def __init__(self, attempts: int = 0) -> None:
         here = ray.get_runtime_context().get_node_id()
         self._actor: Any = _BOARD.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)
-        ).remote()
+        ).remote(attempts)
 
     def post(self, kind: str, **content: Any) -> None:
         """Send an event; returns at once."""
@@ -41,7 +74,30 @@ class Board:
 
     def take(self) -> list[Event]:
         """Give the events posted since the last call, in order."""
-        return ray.get(self._actor.take.remote())
+        return ray.get(self._actor.take.remote(), timeout=PATIENCE)
+
+    def begin(self) -> int:
+        """Number this start of the workers: the first is 1. Rank 0 calls it."""
+        return ray.get(self._actor.begin.remote(), timeout=PATIENCE)
+
+    def ask(self, wish: Wish) -> None:
+        """Let the workers know of a wish; returns at once."""
+        self._actor.ask.remote(wish)
+
+    def wish(self) -> Wish:
+        """What is wished for; NONE too when the board cannot be asked."""
+        try:
+            return ray.get(self._actor.wish.remote(), timeout=PATIENCE)
+        except ray.exceptions.RayError:
+            return Wish.NONE
+
+    def leave(self) -> None:
+        """Say that the workers have fulfilled a wish: all is saved. Rank 0 calls it."""
+        ray.get(self._actor.leave.remote(), timeout=PATIENCE)
+
+    def has_left(self) -> bool:
+        """Whether the workers that began last have saved and left."""
+        return ray.get(self._actor.has_left.remote(), timeout=PATIENCE)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import torch
 
 from pipeline.config.plan import Plan
@@ -79,11 +78,9 @@ def save_checkpoint(
         (folder / META).write_text(json.dumps(meta))
 
 
-def read_meta(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
-    """Read the meta file alone, wherever the checkpoint lies."""
-    assert checkpoint.filesystem is not None, "Ray Train gives every checkpoint one"
-    with checkpoint.filesystem.open_input_file(f"{checkpoint.path}/{META}") as file:
-        return json.loads(file.read())
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Read the meta file of a fetched checkpoint."""
+    return json.loads((folder / META).read_text())
 
 
 def load_checkpoint(
@@ -94,7 +91,7 @@ def load_checkpoint(
     Counts of all ranks go to rank 0, so that their sum over ranks stays right. The workers that
     saved may have been of another number.
     """
-    meta = json.loads((folder / META).read_text())
+    meta = read_meta(folder)
     engine.load(folder)
     savers = range(meta["world_size"])
     parts = [json.loads((folder / f"part-{saver:05d}.json").read_text()) for saver in savers]

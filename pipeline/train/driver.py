@@ -7,9 +7,9 @@ the head node of a cluster.
 import contextlib
 import getpass
 import importlib.metadata
-import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,23 +23,27 @@ from typing import Any
 import ray
 import ray.exceptions
 import ray.train
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline.config.load import dump, parse_config
-from pipeline.config.schema import Config, flatten
+from pipeline.config.schema import Config, WorkersRange, flatten
 from pipeline.data.storage import open_filesystem
 from pipeline.data.stream import BadRow
-from pipeline.errors import UserError, raise_problems
+from pipeline.errors import Problem, UserError, raise_problems
 from pipeline.tracking import tracker
 from pipeline.tracking.plots import PANELS, plot_curves
 from pipeline.train.board import Board, Event, pass_warnings_on
+from pipeline.train.lease import Lease, leased
+from pipeline.train.loop import Wish
 from pipeline.train.preflight import Prepared, lacking_resources, prepare, prepare_evaluation
-from pipeline.train.store import META, RunFolder, RunRecord, changed_keys, find_run
+from pipeline.train.store import RunFolder, RunRecord, changed_keys, find_run
+from pipeline.train.witness import Failures, PlannedResize
 from pipeline.train.worker import EvaluationJob, Job, evaluate_worker, train_worker, versions
 
 Listener = Callable[[Event], None]
 POLL_SECONDS = 0.5
+WAITING_SECONDS = 60.0  # between two sentences about what the cluster lacks
 
 
 class RunFailed(Exception):
@@ -86,18 +90,23 @@ def train(config: Config, listen: Listener, log_path: Path) -> Outcome:
         )
     name = folder.path.rsplit("/", 1)[-1]
     listen({"kind": "planned", "prepared": prepared, "name": name, "resumed": record is not None})
-    with _quiet(log_path), _ray(config, listen), pass_warnings_on(listen):
-        raise_problems(_ask_cluster(config), "The cluster lacks resources")
-        listen({"kind": "phase", "text": "Opening the MLflow run"})
+    say = _saying(listen)
+    with (
+        _quiet(log_path),
+        leased(folder, say) as lease,
+        _ray(config, listen),
+        pass_warnings_on(listen),
+    ):
+        _check_cluster(config)
+        say("Opening the MLflow run")
         record = _reopen(config, record) if record else _new_record(prepared, folder, name)
         folder.write_record(record)
         run = tracker.RunRef(uri=record.mlflow_uri, run_id=record.mlflow_run_id)
-        listen({"kind": "phase", "text": f"Starting {prepared.plan.workers} worker(s)"})
-        board = Board()
-        watch = _Watch(board, listen)
+        say(f"Starting {prepared.plan.workers} worker(s)")
+        board = Board(record.attempts)
+        watch = Watch(board, listen, config, _Diary(run, folder, record))
         job = Job(
-            config=prepared.config,
-            plan=prepared.plan,
+            sizes=prepared.sizes,
             tokenizer=prepared.tokenizer,
             catalog=prepared.catalog,
             suite=prepared.suite,
@@ -107,7 +116,7 @@ def train(config: Config, listen: Listener, log_path: Path) -> Outcome:
         )
         status: tracker.Status = "FAILED"
         try:
-            _fit(train_worker, {"job": job}, config, config.cluster.storage, name, watch)
+            _fit(train_worker, {"job": job}, config, config.cluster.storage, name, watch, lease)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -115,8 +124,9 @@ def train(config: Config, listen: Listener, log_path: Path) -> Outcome:
         finally:
             bad_rows = folder.read_quarantine()
             _log_artifacts(run, prepared, bad_rows)
+            watch.diary.close()
             tracker.close_run(run, status)
-        folder.write_record(replace(record, is_finished=True))
+        folder.write_record(replace(watch.diary.record, is_finished=True))
     return Outcome(
         name=name,
         folder=folder.url,
@@ -144,22 +154,23 @@ def evaluate(
         raise UserError(f"{folder.url}: no checkpoint {chosen!r}; it has {names}")
     suite = prepare_evaluation(config, record.tokenizer)
     listen({"kind": "phase", "text": f"Evaluating {folder.url}/{chosen}"})
-    meta = json.loads(folder.read_text(f"{chosen}/{META}") or "{}")
+    storage, run_name = folder.url.rsplit("/", 1)
     with _quiet(log_path), _ray(config, listen):
-        raise_problems(_ask_cluster(config), "The cluster lacks resources")
+        _check_cluster(config)
         board = Board()
-        watch = _Watch(board, listen)
+        watch = Watch(board, listen, config, None)
         job = EvaluationJob(
             config=config,
             tokenizer=record.tokenizer,
             suite=suite,
-            checkpoint=ray.train.Checkpoint(f"{folder.path}/{chosen}", folder.filesystem),
-            zero_stage=meta["zero_stage"],
+            storage=storage,
+            run_name=run_name,
+            name=chosen,
             board=board,
         )
         name = f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
         try:
-            _fit(evaluate_worker, {"job": job}, config, folder.url, name, watch)
+            _fit(evaluate_worker, {"job": job}, config, folder.url, name, watch, None)
         finally:
             # Ray Train keeps its own notes there; an evaluation leaves nothing to resume.
             folder.filesystem.delete_dir(f"{folder.path}/{name}")
@@ -222,7 +233,7 @@ def _tags(prepared: Prepared, folder: RunFolder) -> dict[str, str]:
         "gammaray.loss": config.loss.kind,
         "gammaray.prior": config.loss.prior if config.loss.kind == "gamma" else "none",
         "gammaray.zero_stage": str(config.engine.zero_stage),
-        "gammaray.workers": str(config.cluster.workers),
+        "gammaray.workers": str(prepared.plan.workers),
         "gammaray.data_digest": prepared.catalog.digest,
         "gammaray.version": importlib.metadata.version("gammaray"),
         "mlflow.note.content": "\n\n".join(
@@ -293,20 +304,99 @@ def _start_ray(config: Config, listen: Listener) -> None:
         ) from error
 
 
-def _ask_cluster(config: Config) -> list[Any]:
+def _check_cluster(config: Config) -> None:
+    """Refuse what a Ray of our own can never give; any other cluster may get more nodes."""
+    if config.cluster.address == "local" and "RAY_ADDRESS" not in os.environ:
+        raise_problems(_lacking(config), "The cluster lacks resources")
+
+
+def _lacking(config: Config) -> list[Problem]:
     resources = ray.cluster_resources()
     return lacking_resources(config, resources.get("CPU", 0), resources.get("GPU", 0))
 
 
-class _Watch:
-    """Passes the board's events on while the driver waits for the workers."""
+def _saying(listen: Listener) -> Callable[[str], None]:
+    return lambda text: listen({"kind": "phase", "text": text})
 
-    def __init__(self, board: Board, listen: Listener):
-        self._board, self._listen = board, listen
+
+class _Diary:
+    """Keeps what befalls a run: tags of its MLflow run, its record's attempts, stacks."""
+
+    def __init__(self, run: tracker.RunRef, folder: RunFolder, record: RunRecord):
+        self._run, self._folder, self.record = run, folder, record
+        self._tags: dict[str, str] = {}
+
+    def note(self, kind: str, text: str) -> None:
+        """Tag the MLflow run with an event; again later, when the tracker does not answer."""
+        moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        self._tags[f"gammaray.event.{moment}.{kind}"] = text
+        self._deliver()
+
+    def begin(self, attempt: int) -> None:
+        """Keep the number of this attempt for the next driver."""
+        self.record = replace(self.record, attempts=attempt)
+        self._folder.write_record(self.record)
+
+    def keep_stacks(self, event: Event) -> None:
+        """Keep what a worker that stood still was doing, among the run's artifacts."""
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "stalls"
+            folder.mkdir()
+            name = f"step-{event['step']:08d}-rank-{event['rank']:05d}.txt"
+            (folder / name).write_text(f"{_standing_still(event)}\n\n{event['stacks']}")
+            tracker.log_artifacts(self._run, Path(temporary))
+
+    def close(self) -> None:
+        """Deliver what is left."""
+        self._deliver()
+
+    def _deliver(self) -> None:
+        if self._tags and tracker.set_tags(self._run, self._tags):
+            self._tags = {}
+
+
+def _standing_still(event: Event) -> str:
+    return (
+        f"worker {event['rank']} on {event['node']} did nothing for {event['seconds']} s; step "
+        f"{event['step']}, {event['doing']}"
+    )
+
+
+class Watch:
+    """Passes the board's events on while the driver waits for the workers, and judges them.
+
+    `given_up`: why no further restart will be tried.
+    """
+
+    def __init__(self, board: Board, listen: Listener, config: Config, diary: _Diary | None):
+        self._board, self._listen, self._config = board, listen, config
+        self._diary = diary
         self._done = threading.Event()
         self._rates: list[float] = []
+        self._failures = 0
+        self._stalled: list[Event] = []
+        self._workers = 0
+        self._said_waiting = time.monotonic()
+        self.is_training = False
+        self.has_left: Wish | None = None
         self.metrics: dict[str, float] = {}
         self.stopped: str | None = None
+        self.given_up: str | None = None
+
+    @property
+    def board(self) -> Board:
+        """Where the workers post."""
+        return self._board
+
+    def say(self, text: str) -> None:
+        """Tell the user what is being done."""
+        self._listen({"kind": "phase", "text": text})
+
+    @property
+    def diary(self) -> _Diary:
+        """Of a training run."""
+        assert self._diary is not None, "an evaluation keeps none"
+        return self._diary
 
     @property
     def samples_per_s(self) -> float:
@@ -316,6 +406,7 @@ class _Watch:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
+        """Take events in a thread until the end of the block."""
         thread = threading.Thread(target=self._poll, name="board", daemon=True)
         thread.start()
         try:
@@ -328,17 +419,83 @@ class _Watch:
     def _poll(self) -> None:
         while not self._done.wait(POLL_SECONDS):
             self._take()
+            if not self.is_training:
+                self._say_what_lacks()
 
     def _take(self) -> None:
         with contextlib.suppress(ray.exceptions.RayError):
             for event in self._board.take():
-                if event["kind"] == "step":
-                    self._rates.append(event["metrics"]["train/samples_per_s"])
-                elif event["kind"] == "evaluation":
-                    self.metrics = event["metrics"]
-                elif event["kind"] == "stopped":
-                    self.stopped = event["message"]
+                self._heed(event)
                 self._listen(event)
+
+    def _heed(self, event: Event) -> None:
+        match event["kind"]:
+            case "step":
+                self._rates.append(event["metrics"]["train/samples_per_s"])
+            case "evaluation":
+                self.metrics = event["metrics"]
+            case "stopped":
+                self.stopped = event["message"]
+            case "started":
+                self._begin(event)
+            case "checkpoint":
+                self._failures = 0
+            case "left":
+                self.is_training, self.has_left = False, event["wish"]
+            case "resizing":
+                self.diary.note("resizing", f"to {event['workers']} workers, all is saved first")
+            case "stalled":
+                self._stalled.append(event)
+                self.diary.keep_stacks(event)
+            case "failed":
+                self._fail(event["message"])
+
+    def _begin(self, event: Event) -> None:
+        self.is_training, self.has_left, self._stalled = True, None, []
+        if event["attempt"] > 1:
+            before = f", {self._workers} before" if self._workers else ""
+            self.diary.note(
+                "started",
+                f"attempt {event['attempt']} from step {event['step']} with {event['workers']} "
+                f"worker(s){before}",
+            )
+        self._workers = event["workers"]
+        self.diary.begin(event["attempt"])
+
+    def _fail(self, message: str) -> None:
+        if self.has_left is not None:
+            return  # how workers that are to start anew end
+        self.is_training = False
+        if self._stalled:
+            message = self._blame_the_late()
+        self._failures += 1
+        if self._diary is not None:
+            self._diary.note("failed", message)
+        limit = self._config.cluster.max_failures
+        if self._failures > limit:
+            self.given_up = message
+        else:
+            left = limit - self._failures
+            self._listen({"kind": "warning", "text": f"{message}; restarting ({left} more allowed "
+                          "before the next checkpoint)"})  # fmt: skip
+
+    def _blame_the_late(self) -> str:
+        """Who held the others up: who says nothing at all, else who is furthest back."""
+        heard = {event["rank"]: event for event in self._stalled}
+        silent = sorted(set(range(self._workers)) - set(heard))
+        if silent:
+            waiting = "; ".join(_standing_still(event) for event in heard.values())
+            return f"worker(s) {silent} say nothing: frozen, or cut off ({waiting})"
+        late = min(heard.values(), key=lambda event: (event["step"], event["doing"] == "in a step"))
+        return _standing_still(late)
+
+    def _say_what_lacks(self) -> None:
+        if time.monotonic() < self._said_waiting + WAITING_SECONDS:
+            return
+        self._said_waiting = time.monotonic()
+        with contextlib.suppress(ray.exceptions.RayError):
+            for problem in _lacking(self._config):
+                self._listen({"kind": "warning", "text": f"waiting for nodes: {problem}"})
 
 
 def _fit(
@@ -347,7 +504,8 @@ def _fit(
     config: Config,
     storage: str,
     name: str,
-    watch: _Watch,
+    watch: Watch,
+    lease: Lease | None,
 ) -> None:
     """Run `work` on every worker; restarts after failures. Raises `RunFailed`."""
     cluster = config.cluster
@@ -355,34 +513,51 @@ def _fit(
     resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
+    workers = cluster.workers
+    elastic: dict[str, Any] = {"num_workers": workers}
+    if isinstance(workers, WorkersRange):
+        elastic = {
+            "num_workers": (workers.min, workers.max),
+            "elastic_resize_monitor_interval_s": workers.check_every_s,
+        }
     trainer = TorchTrainer(
         work,
         train_loop_config=settings,
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers,
+            **elastic,
             use_gpu=bool(cluster.gpus_per_worker),
             resources_per_worker=resources,
         ),
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if cluster.gpus_per_worker else "gloo",
+            # Whoever stands still is found first, and named.
+            timeout_s=max(1800, round(120 * cluster.stall_minutes)),
+        ),
         run_config=RunConfig(
             name=name,
             storage_path=root,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep),
+            # Failures are counted here, since the last checkpoint, not by Ray Train, in all.
+            failure_config=FailureConfig(max_failures=-1),
+            callbacks=[Failures(watch.board), PlannedResize(watch.board)],  # pyright: ignore[reportArgumentType]
         ),
     )
     with watch.running():
         try:
-            _wait(trainer)
+            _wait(trainer, watch, lease)
         except ray.train.TrainingFailedError as error:
             raise RunFailed(_cause(error), can_go_on=True) from error
     if watch.stopped is not None:
         raise RunFailed(watch.stopped, can_go_on=False)
+    if watch.has_left is Wish.STOP:
+        raise KeyboardInterrupt
 
 
-def _wait(trainer: TorchTrainer) -> None:
-    """Run `trainer.fit()` beside the main thread, where it would replace the handler of Ctrl-C."""
+def _wait(trainer: TorchTrainer, watch: Watch, lease: Lease | None) -> None:
+    """Run `trainer.fit()` beside the main thread, which hears of signals and of the end.
+
+    At a first SIGINT or SIGTERM the workers are asked to save and stop; a second one does not wait.
+    """
     failures: list[BaseException] = []
 
     def work() -> None:
@@ -392,11 +567,39 @@ def _wait(trainer: TorchTrainer) -> None:
             failures.append(error)
 
     thread = threading.Thread(target=work, name="trainer", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
+    with _signals() as heard:
+        thread.start()
+        has_asked = False
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            if heard and not has_asked and watch.is_training:
+                watch.board.ask(Wish.STOP)
+                watch.say("Saving before the end; once more to stop without")
+                has_asked = True
+            elif len(heard) > has_asked:
+                raise KeyboardInterrupt
+            if watch.given_up is not None:
+                raise RunFailed(watch.given_up, can_go_on=True)
+            if lease is not None and lease.is_lost:
+                raise RunFailed("another driver has taken this run over", can_go_on=False)
     if failures:
         raise failures[0]
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM as they come, in place of what they would do."""
+    heard: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield heard
+        return
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, lambda number, _: heard.append(number)) for kind in kinds]
+    try:
+        yield heard
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
 
 
 def _cause(error: BaseException) -> str:

@@ -6,9 +6,26 @@ due depends on the step number alone: every rank enters every collective.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Literal
 
 from pipeline.errors import RunStop
+
+
+class Wish(IntEnum):
+    """What somebody wants of a run between two steps; of several wishes the largest counts."""
+
+    NONE = 0
+    MOVE = 1  # its workers are to start anew: elsewhere, or in another number
+    STOP = 2
+
+
+class Left(Exception):
+    """The loop was left at a wish, with its state saved."""
+
+    def __init__(self, wish: Wish):
+        super().__init__(wish.name)
+        self.wish = wish
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +58,11 @@ class Progress:
 class Actions:
     """What the loop calls, on every rank alike; any may stop the run by raising.
 
-    `step` says whether it was finite, on every rank the same.
+    `step` says whether it was finite and `wish` what is wished for, on every rank the same.
     """
 
     step: Callable[[Progress], bool]
+    wish: Callable[[Progress], Wish]
     log: Callable[[Progress], None]
     evaluate: Callable[[Progress], None]
     checkpoint: Callable[[Progress], None]
@@ -55,7 +73,8 @@ def run_loop(progress: Progress, cadence: Cadence, actions: Actions) -> None:
 
     A step that is not finite changes no weight; it is counted, and after `max_nonfinite` in a row
     `RunStop` is raised. Nothing is saved while such steps last, so the last good checkpoint
-    stays; only the end of the run is always saved, with the weights of its last good step.
+    stays; only the end of the run is always saved, with the weights of its last good step. At a
+    wish the step is saved at once and `Left` is raised.
     """
     while progress.samples + cadence.global_batch <= cadence.samples:
         is_finite = actions.step(progress)
@@ -75,11 +94,14 @@ def run_loop(progress: Progress, cadence: Cadence, actions: Actions) -> None:
         is_last = progress.samples + cadence.global_batch > cadence.samples
         if _is_due(progress.step, cadence.log_every) or is_last:
             actions.log(progress)
-        if _is_due(progress.step, cadence.evaluate_every) and not is_last:
+        wish = Wish.NONE if is_last else actions.wish(progress)
+        if _is_due(progress.step, cadence.evaluate_every) and not is_last and not wish:
             actions.evaluate(progress)
         is_good = progress.nonfinite_in_a_row == 0
-        if is_last or (is_good and _is_due(progress.step, cadence.checkpoint_every)):
+        if is_last or (is_good and (wish or _is_due(progress.step, cadence.checkpoint_every))):
             actions.checkpoint(progress)
+        if wish:
+            raise Left(wish)
     actions.evaluate(progress)
 
 

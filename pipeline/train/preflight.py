@@ -4,15 +4,16 @@ Enters: a `Config`. Leaves: `Prepared`, or one `UserError` that lists every prob
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from pipeline.config.load import parse_config
 from pipeline.config.plan import Facts, Plan, find_contradictions, make_plan, resize
-from pipeline.config.schema import Config, DataConfig
+from pipeline.config.schema import Config, DataConfig, WorkersRange
 from pipeline.data.augment import read_synonyms
 from pipeline.data.clean import clean_captions
 from pipeline.data.layout import Catalog, mix, read_captions, read_catalog, read_classes
@@ -31,11 +32,13 @@ T = TypeVar("T")
 class Prepared:
     """A config with all that follows from it.
 
+    `sizes`: config and plan by the number of workers; `config` and `plan` are those of the most.
     `began` is the plan of a continued run as it began, with another number of workers.
     """
 
     config: Config
     plan: Plan
+    sizes: Mapping[int, tuple[Config, Plan]]
     began: Plan | None
     tokenizer: Tokenizer
     catalog: Catalog
@@ -70,11 +73,9 @@ def prepare(config: Config, record: RunRecord | None = None) -> Prepared:
     """
     problems = _Problems()
     problems.found.extend(_check_resources(config))
-    workers = config.cluster.workers
     tokenizer = None if record is None else record.tokenizer
-    if record is not None:
-        config = _with_workers(config, record.config["cluster"]["workers"])
-    contradictions = find_contradictions(config)
+    base = config if record is None else _as_it_began(config, record)
+    contradictions = find_contradictions(base)
     problems.found.extend(contradictions)
     problems.attempt("cluster.storage", lambda: _check_places(config))
     problems.attempt("tracking.uri", lambda: _check_tracker(config))
@@ -86,33 +87,60 @@ def prepare(config: Config, record: RunRecord | None = None) -> Prepared:
         problems.attempt("data.synonyms", lambda: read_synonyms(data.synonyms))
     if catalog is not None and tokenizer is None:
         tokenizer = problems.attempt("data.tokenizer", lambda: _make_tokenizer(config, catalog))
-    facts = plan = began = None
+    facts = began = None
+    sizes: dict[int, tuple[Config, Plan]] = {}
     if catalog is not None and tokenizer is not None:
         facts = problems.attempt("model", lambda: _find_facts(config, catalog, val, tokenizer))
     if facts is not None and not contradictions:
-        plan, more = make_plan(config, facts)
+        began, more = make_plan(base, facts)
         problems.found.extend(more)
-        if workers != plan.workers:
-            began, config = plan, resize(config, workers, plan)
-            problems.found.extend(find_contradictions(config))
-            # Steps of another size end elsewhere; the schedule goes by the length that was planned.
-            plan = replace(make_plan(config, facts)[0], samples=began.samples)
+        sizes, more = _plan_sizes(config, base, began, facts)
+        problems.found.extend(more)
     raise_problems(problems.found, "This run cannot start")
     assert catalog is not None
     assert tokenizer is not None
-    assert plan is not None
+    assert began is not None
     suite = _suite(config, tokenizer, val, classes or ()) if val is not None else None
+    config, plan = sizes[config.cluster.max_workers]
     return Prepared(
         config=config,
         plan=plan,
-        began=began,
+        sizes=sizes,
+        began=began if began.workers != plan.workers else None,
         tokenizer=tokenizer,
         catalog=catalog,
         suite=suite,
     )
 
 
-def _with_workers(config: Config, workers: int) -> Config:
+def _as_it_began(config: Config, record: RunRecord) -> Config:
+    """`config` with the number of workers that the run began with."""
+    workers = parse_config(record.config, "the run's record").cluster.workers
+    return _with_workers(config, workers)
+
+
+def _plan_sizes(
+    config: Config, base: Config, began: Plan, facts: Facts
+) -> tuple[dict[int, tuple[Config, Plan]], list[Problem]]:
+    """Config and plan for each number of workers that the run may have; the problems of the first.
+
+    A run begins with the plan of `base`, for its most workers.
+    """
+    sizes: dict[int, tuple[Config, Plan]] = {}
+    for workers in range(config.cluster.min_workers, config.cluster.max_workers + 1):
+        if workers == began.workers:
+            sizes[workers] = _with_workers(base, workers), began
+            continue
+        sized = resize(base, workers, began)
+        if problems := find_contradictions(sized):
+            return sizes, problems
+        # Steps of another size end elsewhere; the schedule goes by the length that was planned.
+        plan = replace(make_plan(sized, facts)[0], samples=began.samples)
+        sizes[workers] = sized, plan
+    return sizes, []
+
+
+def _with_workers(config: Config, workers: int | WorkersRange) -> Config:
     return config.model_copy(
         update={"cluster": config.cluster.model_copy(update={"workers": workers})}
     )
@@ -156,25 +184,26 @@ def _check_resources(config: Config) -> list[Problem]:
 
 
 def lacking_resources(config: Config, cpus: float, gpus: float) -> list[Problem]:
-    """What `cluster` asks for beyond `cpus` and `gpus`."""
+    """What `cluster` asks for, with its fewest workers, beyond `cpus` and `gpus`."""
     cluster = config.cluster
-    wanted = cluster.workers * cluster.cpus_per_worker
+    workers = cluster.min_workers
+    wanted = workers * cluster.cpus_per_worker
     problems = []
     if wanted + cluster.ingest_cpus > cpus:
         problems.append(
             Problem(
                 place="cluster.workers",
-                message=f"{cluster.workers} workers at {cluster.cpus_per_worker:g} CPUs take "
+                message=f"{workers} workers at {cluster.cpus_per_worker:g} CPUs take "
                 f"{wanted:g} of {cpus:g} CPUs and leave fewer than cluster.ingest_cpus "
                 f"{cluster.ingest_cpus} for reading data; lower cluster.workers or "
                 "cluster.cpus_per_worker (shares such as 0.5 are fine)",
             )
         )
-    if cluster.workers * cluster.gpus_per_worker > gpus:
+    if workers * cluster.gpus_per_worker > gpus:
         problems.append(
             Problem(
                 place="cluster.gpus_per_worker",
-                message=f"{cluster.workers} workers need as many GPUs; {gpus:g} found: lower "
+                message=f"{workers} workers need as many GPUs; {gpus:g} found: lower "
                 "cluster.workers, or set cluster.gpus_per_worker=0 to train on CPUs",
             )
         )

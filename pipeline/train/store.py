@@ -1,11 +1,12 @@
 """The folder of a run in the storage: its record, its tokenizer, its checkpoints.
 
 STORAGE/NAME/run.json          what the run is, its MLflow run, whether it is finished
-STORAGE/NAME/step-00000500/    a checkpoint: DeepSpeed's shards, one part-R.json per rank
+STORAGE/NAME/step-00000500/    a checkpoint, once it has a manifest; see checkpoint.py
 STORAGE/NAME/quarantine/       the rows that were dropped, and why
 """
 
 import json
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
@@ -22,11 +23,15 @@ from pipeline.errors import UserError
 
 RECORD = "run.json"
 META = "meta.json"
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
-    """What must be known to go on with a run. `config` is the config as plain values."""
+    """What must be known to go on with a run.
+
+    `config` is the config as plain values, `attempts` how often its workers have been started.
+    """
 
     name: str
     config: dict[str, Any]
@@ -35,6 +40,7 @@ class RunRecord:
     mlflow_uri: str
     mlflow_run_id: str
     is_finished: bool
+    attempts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +77,15 @@ class RunFolder:
             ) from error
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a small file."""
-        with self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
+        """Write a small file: it is there as a whole, or as it was before."""
+        path = f"{self.path}/{name}"
+        # A filesystem that can rename shows what is being written; an object store does not.
+        is_local = isinstance(self.filesystem, pafs.LocalFileSystem)
+        target = f"{path}.{uuid.uuid4().hex[:8]}.tmp" if is_local else path
+        with self.filesystem.open_output_stream(target) as file:
             file.write(text.encode())
+        if is_local:
+            self.filesystem.move(target, path)
 
     def read_text(self, name: str) -> str | None:
         """Read a small file; None when it is not there."""
@@ -84,10 +96,13 @@ class RunFolder:
             return file.read().decode()
 
     def remove(self, name: str) -> None:
-        """Remove a folder of the run and all in it, if it is there."""
+        """Remove a folder of the run and all in it, if it is there; its manifest first."""
         path = f"{self.path}/{name}"
-        if self.filesystem.get_file_info(path).type == pafs.FileType.Directory:
-            self.filesystem.delete_dir(path)
+        if self.filesystem.get_file_info(path).type != pafs.FileType.Directory:
+            return
+        if self.filesystem.get_file_info(f"{path}/{MANIFEST}").type == pafs.FileType.File:
+            self.filesystem.delete_file(f"{path}/{MANIFEST}")
+        self.filesystem.delete_dir(path)
 
     def write_record(self, record: RunRecord) -> None:
         """Write the run's record."""
@@ -109,23 +124,19 @@ class RunFolder:
             ) from error
 
     def checkpoints(self) -> list[str]:
-        """Names of the checkpoints that have a meta file, oldest first."""
-        selector = pafs.FileSelector(self.path, allow_not_found=True)
-        names = [PurePosixPath(item.path).name for item in self.filesystem.get_file_info(selector)]
-        steps = sorted(name for name in names if name.startswith("step-"))
-        return [name for name in steps if self._is_whole(name)]
+        """Names of the checkpoints, oldest first: those that were published whole."""
+        names = self.attempted()
+        infos = self.filesystem.get_file_info([f"{self.path}/{name}/{MANIFEST}" for name in names])
+        return [name for name, info in zip(names, infos, strict=True)
+                if info.type == pafs.FileType.File]  # fmt: skip
 
-    def _is_whole(self, name: str) -> bool:
-        """Whether every worker's part of a checkpoint has arrived."""
-        meta = self.read_text(f"{name}/{META}")
-        if meta is None:
-            return False
-        parts = range(json.loads(meta)["world_size"])
-        names = [f"part-{rank:05d}.json" for rank in parts]
-        names += [f"loss-{rank:05d}.pt" for rank in parts]
-        paths = [f"{self.path}/{name}/{part}" for part in names]
-        found = self.filesystem.get_file_info(paths)
-        return all(item.type == pafs.FileType.File for item in found)
+    def attempted(self) -> list[str]:
+        """Names of all folders of checkpoints, also of those that are not whole; oldest first."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        folders = [item for item in self.filesystem.get_file_info(selector)
+                   if item.type == pafs.FileType.Directory]  # fmt: skip
+        names = [PurePosixPath(item.path).name for item in folders]
+        return sorted(name for name in names if name.startswith("step-"))
 
     def write_quarantine(self, name: str, rows: list[BadRow]) -> None:
         """Write dropped rows to quarantine/NAME.parquet: path, row_group, row, reason."""

@@ -4,14 +4,17 @@ Enters: a `Job`, the same for all ranks. Leaves: checkpoints, metrics, events on
 """
 
 import importlib.metadata
+import logging
+import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.fs as pafs
 import ray.train
 import ray.train.torch
 import torch
@@ -22,28 +25,37 @@ from pipeline.config.schema import Config
 from pipeline.data.decode import REASONS
 from pipeline.data.layout import Catalog
 from pipeline.data.order import Cursor, as_intervals
-from pipeline.data.stream import BadRow, Tally, make_order, train_batches
+from pipeline.data.stream import BadRow, Batch, Tally, make_order, train_batches
 from pipeline.data.text import Tokenizer
 from pipeline.engine.schedule import lr_factor
-from pipeline.engine.zero import UNIVERSAL, Engine, load_weights
+from pipeline.engine.zero import UNIVERSAL, Engine, gather, load_weights
 from pipeline.errors import RunStop
 from pipeline.evaluate.suite import Suite, make_recipe, run_suite
+from pipeline.losses.base import Loss
 from pipeline.tracking.meters import Meter
 from pipeline.tracking.tracker import MetricLog, RunRef
 from pipeline.train.board import Board, pass_warnings_on
 from pipeline.train.checkpoint import State, load_checkpoint, read_meta, save_checkpoint
-from pipeline.train.loop import Actions, Cadence, Progress, run_loop
+from pipeline.train.loop import Actions, Cadence, Left, Progress, Wish, run_loop
 from pipeline.train.objective import build_loss, build_pretraining
+from pipeline.train.publish import Sender, agreed, fetch_derived, keep
+from pipeline.train.pulse import Pulse
 from pipeline.train.step import train_step
 from pipeline.train.store import RunFolder
+
+LOG = logging.getLogger(__name__)
+LAST_TRIES = 5  # to send the last checkpoint of a run
+LAST_PAUSE = 30.0  # seconds between them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """All that a worker needs; made once by the driver."""
+    """All that a worker needs; made once by the driver.
 
-    config: Config
-    plan: Plan
+    `sizes`: config and plan by the number of workers that Ray Train may start.
+    """
+
+    sizes: Mapping[int, tuple[Config, Plan]]
     tokenizer: Tokenizer
     catalog: Catalog
     suite: Suite | None
@@ -54,29 +66,33 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationJob:
-    """All that a worker needs to evaluate a checkpoint saved under `zero_stage`."""
+    """All that a worker needs to evaluate checkpoint `name` of the run in `storage`."""
 
     config: Config
     tokenizer: Tokenizer
     suite: Suite
-    checkpoint: ray.train.Checkpoint
-    zero_stage: int
+    storage: str
+    run_name: str
+    name: str
     board: Board
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Train one rank to the end of the plan; `settings["job"]` is the `Job`.
 
-    A `RunStop` (too many bad rows, non-finite steps) is posted and returns; any other error is
-    raised, and Ray Train restarts the workers.
+    A `RunStop` (too many bad rows, non-finite steps) is posted and returns, and so does a stop that
+    was wished for; any other error is raised, and Ray Train restarts the workers.
     """
     job: Job = settings["job"]
-    trainer = _Trainer(job)
     with pass_warnings_on(lambda event: job.board.post(**event)):
+        trainer = _Trainer(job)
         try:
             trainer.run()
         except RunStop as error:
             trainer.stop(error)
+        except Left as left:
+            if left.wish is Wish.MOVE:
+                raise
         finally:
             trainer.close()
 
@@ -88,15 +104,17 @@ def evaluate_worker(settings: dict[str, Any]) -> None:
     """
     job: EvaluationJob = settings["job"]
     context = ray.train.get_context()
+    world_size, rank = context.get_world_size(), context.get_world_rank()
     device = ray.train.torch.get_device()
     _set_threads(job.config)
     module = build_pretraining(job.config, job.tokenizer)
-    with job.checkpoint.as_directory() as folder:
-        module.load_state_dict(load_weights(Path(folder), job.zero_stage))
-    dtype = torch.bfloat16 if job.config.engine.precision == "bf16" else torch.float32
-    module.to(device, dtype).eval()
-    world_size, rank = context.get_world_size(), context.get_world_rank()
     try:
+        with _agreed(RunFolder.of(job.storage, job.run_name), [job.name]) as found:
+            assert found is not None, "one was named"
+            _, folder = found
+            module.load_state_dict(load_weights(folder, read_meta(folder)["zero_stage"]))
+        dtype = torch.bfloat16 if job.config.engine.precision == "bf16" else torch.float32
+        module.to(device, dtype).eval()
         metrics = dict(
             run_suite(
                 job.suite,
@@ -114,6 +132,17 @@ def evaluate_worker(settings: dict[str, Any]) -> None:
         job.board.post("evaluation", metrics=metrics)
 
 
+def _agreed(run: RunFolder, names: list[str]) -> Any:
+    context = ray.train.get_context()
+    return agreed(
+        run,
+        names,
+        gather,
+        node_rank=context.get_node_rank(),
+        local_rank=context.get_local_rank(),
+    )
+
+
 def versions() -> dict[str, str]:
     """The versions a checkpoint or a result depends on."""
     names = ("gammaray", "ray", "torch", "deepspeed", "transformers", "pyarrow")
@@ -127,47 +156,44 @@ def _set_threads(config: Config) -> None:
 class _Trainer:
     """The parts of one rank and the actions the loop calls."""
 
+    engine: Engine
+    loss: Loss
+
     def __init__(self, job: Job):
         self.job = job
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        _set_threads(job.config)
-        config, plan = job.config, job.plan
-        self.checkpoint = ray.train.get_checkpoint()
-        meta = read_meta(self.checkpoint) if self.checkpoint is not None else None
-        module = build_pretraining(config, job.tokenizer)
-        self.engine = Engine(
-            module,
-            engine=config.engine,
-            optim=config.optim,
-            micro_batch=plan.micro_batch,
-            accumulation=plan.accumulation,
-            device=ray.train.torch.get_device(),
-            loads_universal=meta is not None and meta["world_size"] != self.world_size,
-        )
-        self.loss = build_loss(
-            config,
-            plan,
-            embed_dim=module.towers.embed_dim,
+        self.local_rank = context.get_local_rank()
+        self.config, self.plan = job.sizes[self.world_size]
+        _set_threads(self.config)
+        self.folder = RunFolder.of(self.config.cluster.storage, job.run_name)
+        self.sender = Sender(
+            self.folder,
             rank=self.rank,
             world_size=self.world_size,
+            keep=self.config.train.keep,
+            published=lambda name: self._post("checkpoint", name=name),
         )
+        self.pulse = Pulse(job.board, self.rank, 60 * self.config.cluster.stall_minutes)
         self.state = State(
             progress=Progress(), cursor=Cursor(digest=job.catalog.digest), tally=Tally()
         )
+        self.attempt = 0
         self.meter = Meter()
         self.window: list[dict[str, Tensor]] = []
         self.diagnose: Callable[[], dict[str, Tensor]] = dict
         self.learning_rate = 0.0
+        self.saving_seconds = 0.0
         self.new_bad: list[BadRow] = []
         self.metrics: MetricLog | None = None
         self.batches: Iterator[Any] = iter(())
 
     def run(self) -> None:
-        """Restore, open the stream, loop."""
-        config, plan = self.job.config, self.job.plan
+        """Restore, open the stream, loop, and wait until all is kept."""
+        config, plan = self.config, self.plan
         self._restore()
         if self.rank == 0:
+            self.attempt = self.job.board.begin()
             self.metrics = MetricLog(
                 self.job.run, config.tracking.system_metrics_seconds, self.state.points
             )
@@ -191,11 +217,31 @@ class _Trainer:
             max_nonfinite=config.train.max_nonfinite,
         )
         actions = Actions(
-            step=self._step, log=self._log, evaluate=self._evaluate, checkpoint=self._checkpoint
+            step=self._step,
+            wish=lambda _: Wish(self.engine.largest(self.pulse.wish())),
+            log=self._log,
+            evaluate=self._evaluate,
+            checkpoint=self._checkpoint,
         )
-        self._post("started", step=self.state.progress.step, samples=self.state.progress.samples)
+        progress = self.state.progress
+        self._post(
+            "started",
+            step=progress.step,
+            samples=progress.samples,
+            attempt=self.attempt,
+            workers=self.world_size,
+            plan=plan,
+        )
         self.meter.skip()
-        run_loop(self.state.progress, cadence, actions)
+        try:
+            run_loop(progress, cadence, actions)
+        except Left as left:
+            self._finish()
+            if self.rank == 0:
+                self.job.board.leave()
+            self._post("left", step=progress.step, wish=left.wish)
+            raise
+        self._finish()
 
     def stop(self, error: RunStop) -> None:
         """Say why the run ends, and keep what it knows of dropped rows."""
@@ -204,6 +250,7 @@ class _Trainer:
 
     def close(self) -> None:
         """Stop the stream and send the last points."""
+        self.pulse.close()
         close = getattr(self.batches, "close", None)
         if close is not None:
             close()
@@ -211,30 +258,52 @@ class _Trainer:
             self.metrics.close()
 
     def _restore(self) -> None:
-        if self.checkpoint is None:
-            return
-        with self.checkpoint.as_directory() as folder:
-            self.state = load_checkpoint(
-                Path(folder), self.engine, self.loss, rank=self.rank, world_size=self.world_size
+        """Build engine and loss, with the state of the newest checkpoint that is whole."""
+        module = build_pretraining(self.config, self.job.tokenizer)
+        with _agreed(self.folder, self.folder.checkpoints()) as found:
+            name, folder = found or ("", None)
+            is_resized = folder is not None and read_meta(folder)["world_size"] != self.world_size
+            if folder is not None and is_resized and self.local_rank == 0:
+                fetch_derived(self.folder, f"{name}/{UNIVERSAL}", folder / UNIVERSAL)
+            self.engine = Engine(
+                module,
+                engine=self.config.engine,
+                optim=self.config.optim,
+                micro_batch=self.plan.micro_batch,
+                accumulation=self.plan.accumulation,
+                device=ray.train.torch.get_device(),
+                loads_universal=is_resized,
             )
-            if self.rank == 0:
-                _keep_universal(Path(folder), self.checkpoint)
+            self.loss = build_loss(
+                self.config,
+                self.plan,
+                embed_dim=module.towers.embed_dim,
+                rank=self.rank,
+                world_size=self.world_size,
+            )
+            if folder is None:
+                return
+            self.state = load_checkpoint(
+                folder, self.engine, self.loss, rank=self.rank, world_size=self.world_size
+            )
+            if self.rank == 0 and (folder / UNIVERSAL).exists():
+                keep(self.folder, f"{name}/{UNIVERSAL}", folder / UNIVERSAL)
 
     def _step(self, progress: Progress) -> bool:
-        config, plan = self.job.config, self.job.plan
+        config, plan = self.config, self.plan
         # Draws (sampled u) follow from (seed, step, rank), so a resumed run repeats them.
         seeds = np.random.SeedSequence([config.train.seed, progress.step, self.rank])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
         if progress.samples % plan.epoch_rows < plan.global_batch:
             # About where an epoch begins, at the same step on every rank.
-            self.loss.share(self.engine.gather)
+            self.loss.share(gather)
         factor = lr_factor(
             progress.samples,
             warmup=plan.warmup_samples,
             total=plan.samples,
             schedule=config.optim.schedule,
         )
-        result = train_step(self.engine, self.loss, self.batches, plan.accumulation, factor)
+        result = train_step(self.engine, self.loss, self._fed(), plan.accumulation, factor)
         for batch in result.batches:
             self.state.tally.add(batch)
             self.new_bad.extend(batch.bad)
@@ -245,6 +314,15 @@ class _Trainer:
         self.diagnose = result.diagnose
         self.learning_rate = config.optim.lr * factor
         return result.is_finite
+
+    def _fed(self) -> Iterator[Batch]:
+        """The batches; the pulse is told when one is waited for."""
+        step = self.state.progress.step
+        while True:
+            self.pulse.beat(step, "waiting for data")
+            batch = next(self.batches)
+            self.pulse.beat(step, "in a step")
+            yield batch
 
     def _log(self, progress: Progress) -> None:
         rates = self.meter.window()
@@ -268,10 +346,12 @@ class _Trainer:
             point["train/learning_rate"] = self.learning_rate
             point["train/step"] = progress.step
             point["train/world_size"] = self.world_size
-            point["train/epoch"] = progress.samples / self.job.plan.epoch_rows
+            point["train/attempt"] = self.attempt
+            point["train/saving_seconds"], self.saving_seconds = self.saving_seconds, 0.0
+            point["train/epoch"] = progress.samples / self.plan.epoch_rows
             point["train/nonfinite_steps"] = progress.nonfinite_steps
             point["data/cut_caption_share"] = cut / max(rows, 1)
-            if self.job.config.data.clean_captions:
+            if self.config.data.clean_captions:
                 point["data/cleaned_caption_share"] = cleaned / max(rows, 1)
             point["data/bad_rows/all"] = sum(bad)
             # A reason that never occurs would be an empty chart.
@@ -286,7 +366,7 @@ class _Trainer:
 
     def _check_bad_rows(self, rows: float, bad: dict[str, float]) -> None:
         dropped = sum(bad.values())
-        limit = self.job.config.data.max_bad_fraction
+        limit = self.config.data.max_bad_fraction
         if dropped > limit * (rows + dropped):
             worst = sorted(bad.items(), key=lambda item: -item[1])[:3]
             listing = ", ".join(f"{reason} {count:.0f}" for reason, count in worst if count)
@@ -300,6 +380,7 @@ class _Trainer:
         if self.job.suite is None:
             return
         self._post("evaluating", step=progress.step)
+        self.pulse.beat(progress.step, "evaluating")
         self.engine.train(False)
         metrics = dict(
             run_suite(
@@ -317,13 +398,23 @@ class _Trainer:
         self.meter.skip()
 
     def _checkpoint(self, progress: Progress) -> None:
-        self.loss.share(self.engine.gather)
+        """Write this rank's part to its own disk; a thread sends it while training goes on."""
+        started = time.perf_counter()
+        self.pulse.beat(progress.step, "saving")
+        self.loss.share(gather)
+        failed = self.sender.settle(gather)
+        if failed and self.rank == 0:
+            LOG.warning("a checkpoint could not be kept: %s; training goes on", failed[0])
+        lacking = [lack for lack in gather(self._lacking_space()) if lack is not None]
+        if lacking:
+            if self.rank == 0:
+                LOG.warning("step %d is not saved: %s", progress.step, lacking[0])
+            return
         name = f"step-{progress.step:08d}"
-        run = RunFolder.of(self.job.config.cluster.storage, self.job.run_name)
         if self.rank == 0:
             # What workers of another number may have left there when they were killed. The others
             # have not begun to write: DeepSpeed's save waits for all ranks.
-            run.remove(name)
+            self.folder.remove(name)
         self.state.points = [] if self.metrics is None else self.metrics.undelivered
         folder = Path(tempfile.mkdtemp(prefix="gammaray-"))
         save_checkpoint(
@@ -333,24 +424,48 @@ class _Trainer:
             self.state,
             rank=self.rank,
             world_size=self.world_size,
-            config=self.job.config,
-            plan=self.job.plan,
+            config=self.config,
+            plan=self.plan,
             tokenizer=self.job.tokenizer,
             versions=versions(),
         )
         self._write_quarantine(name)
-        ray.train.report(
-            {"step": progress.step},
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=name,
-            delete_local_checkpoint_after_upload=True,
-        )
-        self._post("checkpoint", step=progress.step)
+        self.sender.send(name, folder)
+        self.saving_seconds += time.perf_counter() - started
         self.meter.skip()
 
+    def _lacking_space(self) -> str | None:
+        """What is missing on this node's disk for the parts that its workers are about to write."""
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        wanted = self.plan.checkpoint_bytes * here / self.world_size
+        place = tempfile.gettempdir()
+        free = shutil.disk_usage(place).free
+        if free >= 1.2 * wanted:
+            return None
+        return (
+            f"rank {self.rank}: {place} on {ray.util.get_node_ip_address()} has "
+            f"{free / 1e9:,.1f} GB free, a checkpoint takes {wanted / 1e9:,.1f} GB there: make "
+            "room, or set TMPDIR to another disk"
+        )
+
+    def _finish(self) -> None:
+        """Wait until the last checkpoint is kept. Raises RuntimeError when it cannot be."""
+        progress, tries = self.state.progress, 0
+        while True:
+            self.pulse.beat(progress.step, "sending the last checkpoint")
+            failed = self.sender.settle(gather)
+            if not failed:
+                return
+            tries += 1
+            if tries == LAST_TRIES:
+                raise RuntimeError(f"the last checkpoint could not be kept: {failed[0]}")
+            if self.rank == 0:
+                LOG.warning("the last checkpoint could not be kept: %s; trying again", failed[0])
+            time.sleep(LAST_PAUSE)
+            self.sender.retry()
+
     def _write_quarantine(self, name: str) -> None:
-        run = RunFolder.of(self.job.config.cluster.storage, self.job.run_name)
-        run.write_quarantine(f"{name}-{self.rank:05d}", self.new_bad)
+        self.folder.write_quarantine(f"{name}-{self.rank:05d}", self.new_bad)
         self.new_bad = []
 
     def _record(self, progress: Progress, point: dict[str, float]) -> None:
@@ -361,14 +476,6 @@ class _Trainer:
     def _post(self, kind: str, **content: Any) -> None:
         if self.rank == 0:
             self.job.board.post(kind, **content)
-
-
-def _keep_universal(folder: Path, checkpoint: ray.train.Checkpoint) -> None:
-    """Put a converted state beside the checkpoint it was made of, where that is remote."""
-    made, kept = folder / UNIVERSAL, f"{checkpoint.path}/{UNIVERSAL}"
-    is_local = Path(checkpoint.path).is_dir() and folder.samefile(checkpoint.path)
-    if made.exists() and not is_local:
-        pafs.copy_files(str(made), kept, pafs.LocalFileSystem(), checkpoint.filesystem)
 
 
 def _window_means(window: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import yaml
 
@@ -83,12 +84,12 @@ def wait_for(what: Callable[[], Any], seconds: float = TIMEOUT_S) -> Any:
 
 def checkpoint_at(folder: Path, step: int) -> bool:
     """Whether the run of `write_run(folder)` has the checkpoint of `step`."""
-    return (folder / "runs" / "tiny" / f"step-{step:08d}" / "meta.json").exists()
+    return (folder / "runs" / "tiny" / f"step-{step:08d}" / "manifest.json").exists()
 
 
 def newest_step(folder: Path, after: int) -> int | None:
     """The step of the newest checkpoint of `write_run(folder)`, if it is past `after`."""
-    whole = (folder / "runs" / "tiny").glob("step-*/meta.json")
+    whole = (folder / "runs" / "tiny").glob("step-*/manifest.json")
     newest = max((int(path.parent.name.removeprefix("step-")) for path in whole), default=0)
     return newest if newest > after else None
 
@@ -100,15 +101,22 @@ def quarantined(folder: Path) -> set[tuple[str, int, int]]:
     return {(row["path"], row["row_group"], row["row"]) for row in rows}
 
 
+def is_trainer(process: psutil.Process) -> bool:
+    """Whether it is a training worker; one that ends while it is looked at is none."""
+    try:
+        return "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
 def kill_a_worker(driver: subprocess.Popen[str]) -> None:
     """SIGKILL one training worker among the driver's descendants."""
-    import psutil
 
     def workers() -> list[psutil.Process]:
         return [
             process
             for process in psutil.Process(driver.pid).children(recursive=True)
-            if "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline())
+            if is_trainer(process)
         ]
 
     wait_for(workers)[-1].send_signal(signal.SIGKILL)
@@ -116,8 +124,6 @@ def kill_a_worker(driver: subprocess.Popen[str]) -> None:
 
 def kill_group(driver: subprocess.Popen[str]) -> None:
     """SIGKILL the driver and everything it started."""
-    import psutil
-
     family = [*psutil.Process(driver.pid).children(recursive=True), psutil.Process(driver.pid)]
     os.kill(driver.pid, signal.SIGKILL)
     for process in family:
@@ -141,7 +147,7 @@ def mlflow_runs(runs: Path) -> list[str]:
 
 def used_rows(folder: Path) -> dict[int, list[tuple[int, int]]]:
     """Rows used in each epoch, as the last checkpoint's parts have them; overlaps stay visible."""
-    last = max(folder.glob("step-*"))
+    last = max(folder.glob("step-*/manifest.json")).parent
     workers = json.loads((last / "meta.json").read_text())["world_size"]
     parts = [json.loads((last / f"part-{rank:05d}.json").read_text()) for rank in range(workers)]
     used: dict[int, list[tuple[int, int]]] = {}

@@ -1,16 +1,17 @@
 import pytest
 
 from pipeline.errors import RunStop
-from pipeline.train.loop import (
-    Actions,
-    Cadence,
-    Progress,
-    run_loop,
-)
+from pipeline.train.loop import Actions, Cadence, Left, Progress, Wish, run_loop
 
 
-def _run(progress: Progress, bad_steps: frozenset[int] = frozenset(), **cadence) -> list[str]:
-    seen: list[str] = []
+def _run(
+    progress: Progress,
+    bad_steps: frozenset[int] = frozenset(),
+    wishes: dict[int, Wish] | None = None,
+    seen: list[str] | None = None,
+    **cadence,
+) -> list[str]:
+    seen = [] if seen is None else seen
 
     def step(at: Progress) -> bool:
         return at.step + 1 not in bad_steps
@@ -26,7 +27,13 @@ def _run(progress: Progress, bad_steps: frozenset[int] = frozenset(), **cadence)
         "checkpoint_every": 4,
         "max_nonfinite": 3,
     }
-    actions = Actions(step=step, log=note("log"), evaluate=note("eval"), checkpoint=note("save"))
+    actions = Actions(
+        step=step,
+        wish=lambda at: (wishes or {}).get(at.step, Wish.NONE),
+        log=note("log"),
+        evaluate=note("eval"),
+        checkpoint=note("save"),
+    )
     run_loop(progress, Cadence(**{**settings, **cadence}), actions)
     return seen
 
@@ -65,3 +72,23 @@ def test_too_many_nonfinite_steps_in_a_row_stop_the_run() -> None:
         RunStop, match=r"step 5: .* in 3 steps in a row .*another name with lower optim.lr"
     ):
         _run(Progress(), bad_steps=frozenset({3, 4, 5}))
+
+
+@pytest.mark.parametrize("wish", [Wish.MOVE, Wish.STOP])
+def test_at_a_wish_the_step_is_saved_and_the_loop_left(wish: Wish) -> None:
+    seen: list[str] = []
+    with pytest.raises(Left) as left:
+        _run(Progress(), wishes={3: wish}, seen=seen)
+    assert left.value.wish is wish
+    assert seen == ["log2", "save3"], "the evaluation that is due waits for whoever goes on"
+
+
+def test_a_wish_in_a_nonfinite_step_saves_nothing() -> None:
+    seen: list[str] = []
+    with pytest.raises(Left):
+        _run(Progress(), bad_steps=frozenset({3}), wishes={3: Wish.MOVE}, seen=seen)
+    assert seen == ["log2"]
+
+
+def test_a_wish_at_the_last_step_changes_nothing() -> None:
+    assert _run(Progress(), wishes={6: Wish.STOP}) == _run(Progress())

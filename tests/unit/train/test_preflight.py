@@ -315,15 +315,8 @@ def test_checkpoints_are_whole_and_in_order(tmp_path: Path) -> None:
     assert folder.checkpoints() == []
     for name in ("step-00000100", "step-00000020", "other"):
         (tmp_path / "tiny" / name).mkdir(parents=True)
-        (tmp_path / "tiny" / name / "meta.json").write_text('{"world_size": 1}')
-        (tmp_path / "tiny" / name / "part-00000.json").write_text("{}")
-        (tmp_path / "tiny" / name / "loss-00000.pt").write_text("")
-    (tmp_path / "tiny" / "step-00000500").mkdir()
-    (tmp_path / "tiny" / "step-00000500" / "part-0.json").write_text("{}")
+        (tmp_path / "tiny" / name / "manifest.json").write_text("{}")
+    (tmp_path / "tiny" / "step-00000300").mkdir()  # sending was cut off
     (tmp_path / "tiny" / "step-00000900").write_text("a file")
-    half = tmp_path / "tiny" / "step-00000300"  # the upload was cut off after one worker's part
-    half.mkdir()
-    (half / "meta.json").write_text('{"world_size": 2}')
-    for part in ("part-00000.json", "part-00001.json", "loss-00000.pt"):
-        (half / part).write_text("{}")
     assert folder.checkpoints() == ["step-00000020", "step-00000100"]
+    assert folder.attempted() == ["step-00000020", "step-00000100", "step-00000300"]

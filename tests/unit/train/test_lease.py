@@ -1,0 +1,89 @@
+"""One driver at a time for a run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.train import lease
+from pipeline.train.lease import LEASE, Lease, leased
+from pipeline.train.store import RunFolder
+
+
+def _say(text: str) -> None:
+    raise AssertionError(f"nothing to wait for here: {text}")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder.of(str(tmp_path), "tiny")
+
+
+def test_it_is_given_back(run: RunFolder) -> None:
+    for _ in range(2):
+        with leased(run, _say):
+            assert run.read_text(LEASE)
+    assert run.read_text(LEASE) is None
+
+
+def test_a_second_driver_is_refused_while_the_first_lives(run: RunFolder) -> None:
+    with (
+        leased(run, _say),
+        pytest.raises(UserError, match=r"process \d+ on .* is training this run; stop it first"),
+        leased(run, _say),
+    ):
+        raise AssertionError("two drivers")
+
+
+def test_a_driver_that_died_here_holds_nothing(run: RunFolder) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    Lease(run).renew()
+    _change(run, pid=int(dead.stdout))
+    with leased(run, _say):
+        pass
+    Lease(run).renew()
+    _change(run, started=1.0)  # another process has that number now
+    with leased(run, _say):
+        pass
+
+
+def test_a_driver_elsewhere_is_watched(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "PATIENCE", 2.0)
+    said: list[str] = []
+    Lease(run).renew()
+    _change(run, host="other")
+    with leased(run, said.append):
+        assert said == ["Waiting up to 2 s: is the run's driver on other alive?"]
+    Lease(run).renew()
+    _change(run, host="other")
+
+    def renewed_meanwhile(text: str) -> None:
+        del text
+        monkeypatch.setattr(lease.time, "sleep", lambda _: _change(run, count=99))
+
+    with (
+        pytest.raises(UserError, match="on other is training this run"),
+        leased(run, renewed_meanwhile),
+    ):
+        raise AssertionError("two drivers")
+
+
+def test_who_finds_another_in_its_place_knows_it(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.01)
+    mine = Lease(run)
+    mine.renew()
+    _change(run, token="another's")
+    mine.keep()
+    assert mine.is_lost
+    mine.close()
+    assert run.read_text(LEASE), "another's lease stays"
+
+
+def _change(run: RunFolder, **values: object) -> None:
+    run.write_text(LEASE, json.dumps({**json.loads(run.read_text(LEASE) or ""), **values}))
