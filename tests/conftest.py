@@ -10,10 +10,12 @@ def local_ray() -> Iterator[None]:
     """One Ray in this process for the tests of a module that need no isolation.
 
     It must not outlive the module: others start, starve and kill Rays of their own beside it, and a
-    process whose Ray has died ends without a word.
+    process whose Ray has died ends without a word. Nor may it join one that such a test left behind.
     """
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        "local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+    )
     yield
     ray.shutdown()

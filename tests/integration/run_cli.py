@@ -133,7 +133,9 @@ def kill_group(driver: subprocess.Popen[str]) -> None:
 
 
 def points(runs: Path, metric: str) -> list[tuple[int, float]]:
-    """All points of a metric in the tracker's database, by step; of all runs."""
+    """All points of a metric in the tracker's database, by step; of all runs; none before it is."""
+    if not (runs / "mlflow.db").exists():
+        return []
     with sqlite3.connect(runs / "mlflow.db") as database:
         rows = database.execute("select step, value from metrics where key = ?", (metric,))
         return sorted(rows.fetchall())

@@ -71,5 +71,5 @@ def test_the_loop_stays_readable_and_free_of_third_parties() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom)
     }
-    assert imports == {"collections.abc", "dataclasses", "typing", "pipeline.errors"}
+    assert imports == {"collections.abc", "dataclasses", "enum", "typing", "pipeline.errors"}
     assert not any(isinstance(node, ast.Import) for node in ast.walk(ast.parse(path.read_text())))
