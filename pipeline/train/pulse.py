@@ -24,15 +24,15 @@ STALLED = 70  # exit status of a worker that ended itself
 class Pulse:
     """Of one rank. `beat` whenever something is done; `wish` costs nothing.
 
-    When no beat comes for `stall_seconds` the stacks of all threads are posted and the process
-    ends: Ray Train then starts the workers anew, from the last checkpoint.
+    When no beat comes for `stall_seconds` after another the stacks of all threads are posted and
+    the process ends: Ray Train then starts the workers anew, from the last checkpoint.
     """
 
     def __init__(self, board: Board, rank: int, stall_seconds: float):
         self._board, self._rank, self._stall_seconds = board, rank, stall_seconds
         self._wish = Wish.NONE
-        self._step, self._doing = 0, "starting"
-        self._beaten = time.monotonic()
+        self._step, self._doing = 0, ""
+        self._beaten: float | None = None
         self._closed = threading.Event()
         self._context = get_train_context()
         self._first = threading.get_ident()
@@ -41,6 +41,10 @@ class Pulse:
     def beat(self, step: int, doing: str) -> None:
         """Say what is being done from now on."""
         self._step, self._doing, self._beaten = step, doing, time.monotonic()
+
+    def rest(self) -> None:
+        """What comes now may take as long as a checkpoint takes to fetch or to send."""
+        self._beaten = None
 
     def wish(self) -> Wish:
         """What this rank has heard of; ranks may differ."""
@@ -56,9 +60,9 @@ class Pulse:
         while not self._closed.wait(POLL_SECONDS):
             if self._rank == 0:
                 self._wish = self._board.wish()
-            still = time.monotonic() - self._beaten
-            if still > self._stall_seconds:
-                self._end(still)
+            beaten = self._beaten
+            if beaten is not None and time.monotonic() > beaten + self._stall_seconds:
+                self._end(time.monotonic() - beaten)
 
     def _end(self, still: float) -> None:
         self._board.post(

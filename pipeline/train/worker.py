@@ -179,6 +179,11 @@ class _Trainer:
             progress=Progress(), cursor=Cursor(digest=job.catalog.digest), tally=Tally()
         )
         self.attempt = 0
+        # What a worker that was killed had written, but not sent, is found by the next one.
+        self.scratch = f"gammaray-{job.run.run_id}-"
+        if self.local_rank == 0:
+            for left in Path(tempfile.gettempdir()).glob(f"{self.scratch}*"):
+                shutil.rmtree(left, ignore_errors=True)
         self.meter = Meter()
         self.window: list[dict[str, Tensor]] = []
         self.diagnose: Callable[[], dict[str, Tensor]] = dict
@@ -380,12 +385,16 @@ class _Trainer:
         if self.job.suite is None:
             return
         self._post("evaluating", step=progress.step)
-        self.pulse.beat(progress.step, "evaluating")
         self.engine.train(False)
+
+        def embed(images: Tensor | None, tokens: Tensor | None) -> tuple[Any, Any]:
+            self.pulse.beat(progress.step, "evaluating")
+            return self.engine(images, tokens)[:2]
+
         metrics = dict(
             run_suite(
                 self.job.suite,
-                lambda images, tokens: self.engine(images, tokens)[:2],
+                embed,
                 self.engine.device,
                 self.world_size,
                 self.rank,
@@ -400,9 +409,10 @@ class _Trainer:
     def _checkpoint(self, progress: Progress) -> None:
         """Write this rank's part to its own disk; a thread sends it while training goes on."""
         started = time.perf_counter()
+        self.pulse.rest()
+        failed = self.sender.settle(gather)
         self.pulse.beat(progress.step, "saving")
         self.loss.share(gather)
-        failed = self.sender.settle(gather)
         if failed and self.rank == 0:
             LOG.warning("a checkpoint could not be kept: %s; training goes on", failed[0])
         lacking = [lack for lack in gather(self._lacking_space()) if lack is not None]
@@ -416,7 +426,7 @@ class _Trainer:
             # have not begun to write: DeepSpeed's save waits for all ranks.
             self.folder.remove(name)
         self.state.points = [] if self.metrics is None else self.metrics.undelivered
-        folder = Path(tempfile.mkdtemp(prefix="gammaray-"))
+        folder = Path(tempfile.mkdtemp(prefix=self.scratch))
         save_checkpoint(
             folder,
             self.engine,
@@ -450,9 +460,9 @@ class _Trainer:
 
     def _finish(self) -> None:
         """Wait until the last checkpoint is kept. Raises RuntimeError when it cannot be."""
-        progress, tries = self.state.progress, 0
+        tries = 0
         while True:
-            self.pulse.beat(progress.step, "sending the last checkpoint")
+            self.pulse.rest()
             failed = self.sender.settle(gather)
             if not failed:
                 return

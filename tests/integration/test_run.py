@@ -44,7 +44,7 @@ def _damage_three_images(shard: Path) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict]:
     """One uninterrupted run, with three damaged images in the training data."""
     folder = tmp_path_factory.mktemp("finished")
-    config = write_run(folder)
+    config = write_run(folder, tracking={"system_metrics_seconds": 1})
     _damage_three_images(folder / "data" / "train" / "part-00000.parquet")
     output = run("train", str(config), "--json", str(folder / "facts.json"))
     return folder, output, json.loads((folder / "facts.json").read_text())

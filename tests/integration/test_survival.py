@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -239,8 +240,7 @@ def test_a_kill_in_a_checkpoint(
 
     def begun() -> Any:
         if moment == "while it is written":
-            return [path for path in Path("/tmp").glob("gammaray-*/state")
-                    if not any(path.parent.glob("part-*"))]  # fmt: skip
+            return [path for path in _unsent(tmp_path) if not any(path.glob("part-*"))]
         return [path for path in folder.glob("step-*") if not (path / "manifest.json").exists()]
 
     driver = start("train", str(_write(tmp_path, nodes)), "train.checkpoint_every=2")
@@ -248,12 +248,24 @@ def test_a_kill_in_a_checkpoint(
     _kill_soon(driver, begun)
     finish(driver)
     tell_lost(tmp_path)
+    assert not _unsent(tmp_path), "what the killed worker had written is removed"
     _check(tmp_path, twin)
 
 
+def _unsent(folder: Path) -> list[Path]:
+    """What the run's workers have written and not sent, or not all of it."""
+    run = json.loads((folder / "runs" / "tiny" / "run.json").read_text())["mlflow_run_id"]
+    return list(Path(tempfile.gettempdir()).glob(f"gammaray-{run}-*"))
+
+
+def _trainers() -> list[psutil.Process]:
+    """The training workers: children of the nodes, which this process has started."""
+    return [each for each in psutil.Process().children(recursive=True) if is_trainer(each)]
+
+
 def _kill_soon(driver: subprocess.Popen[str], begun: Callable[[], Any]) -> None:
-    """SIGKILL a training worker at a moment; the workers are children of raylets, not of it."""
-    found = [process for process in psutil.process_iter() if is_trainer(process)]
+    """SIGKILL a training worker at a moment."""
+    found = _trainers()
     deadline = time.monotonic() + 60
     while not begun() and time.monotonic() < deadline and driver.poll() is None:
         time.sleep(0.001)
@@ -264,11 +276,11 @@ def test_a_frozen_worker_is_named_and_replaced(
     nodes: _Nodes, twin: dict[int, float], tmp_path: Path
 ) -> None:
     nodes.set(2)
-    driver = start("train", str(_write(tmp_path, nodes)), "cluster.stall_minutes=0.1")
+    driver = start("train", str(_write(tmp_path, nodes)), "cluster.stall_minutes=0.4")
     wait_for(lambda: newest_step(tmp_path, after=7))
-    [process for process in psutil.process_iter() if is_trainer(process)][-1].suspend()
+    _trainers()[-1].suspend()
     output = " ".join(finish(driver).split())
-    assert "say nothing: frozen, or cut off" in output
+    assert "say nothing: frozen, or cut off" in output, output
     stacks = list((tmp_path / "runs" / "mlartifacts").rglob("stalls/*.txt"))
     assert any("train_step" in path.read_text() for path in stacks)
     _check(tmp_path, twin)
@@ -286,4 +298,4 @@ def test_the_record_says_how_often_the_workers_were_started(tmp_path: Path, node
     record = json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())
     assert record["attempts"] == 2
     assert points(tmp_path / "runs", "train/attempt")[-1][1] == 2
-    assert not list(Path("/tmp").glob("gammaray-*/part-*")), "workers leave nothing behind"
+    assert not _unsent(tmp_path), "workers leave nothing behind"
