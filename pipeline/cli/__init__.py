@@ -10,7 +10,7 @@ import sys
 import typer
 from rich.console import Console
 
-from pipeline.cli import data, doctor, runs
+from pipeline.cli import checkpoints, data, doctor, runs
 from pipeline.cli.screen import plain
 from pipeline.errors import UserError
 
@@ -18,6 +18,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command()(runs.plan)
 app.command()(runs.train)
 app.command()(runs.evaluate)
+app.command()(checkpoints.checkpoints)
 app.add_typer(data.app, name="data")
 app.command()(doctor.doctor)
 
