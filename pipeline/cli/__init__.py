@@ -10,7 +10,7 @@ import sys
 import typer
 from rich.console import Console
 
-from pipeline.cli import checkpoints, data, doctor, runs
+from pipeline.cli import checkpoints, data, doctor, jobs, runs
 from pipeline.cli.screen import plain
 from pipeline.errors import UserError
 
@@ -19,6 +19,11 @@ app.command()(runs.plan)
 app.command()(runs.train)
 app.command()(runs.evaluate)
 app.command()(checkpoints.checkpoints)
+app.command()(jobs.submit)
+app.command()(jobs.jobs)
+app.command()(jobs.status)
+app.command()(jobs.logs)
+app.command()(jobs.stop)
 app.add_typer(data.app, name="data")
 app.command()(doctor.doctor)
 
@@ -30,5 +35,5 @@ def main() -> None:
     try:
         app(obj=console, standalone_mode=True)
     except UserError as error:
-        console.print(f"[bold red]error[/] {plain(str(error))}")
+        console.print(f"[bold red]error[/] {plain(str(error))}", soft_wrap=True)
         sys.exit(2)
