@@ -63,7 +63,8 @@ def _print(console: Console, run: str, entries: "list[Entry]", is_verified: bool
     if not entries:
         console.print(f"{run} has no checkpoint yet.", soft_wrap=True)
         return
-    table = Table(title=f"Checkpoints of {run}", title_justify="left", show_edge=False)
+    console.print(f"Checkpoints of {run}", soft_wrap=True)
+    table = Table(show_edge=False)
     table.add_column("name")
     for title in ("samples", "age", "size", "files"):
         table.add_column(title, justify="right")

@@ -4,6 +4,7 @@ Neither may hold data or secrets: the head keeps both, and shows the variables.
 """
 
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,8 @@ def files_to_send(folder: Path) -> dict[str, int]:
 
     try:
         excludes = [_get_excludes(folder, EXCLUDES)]
-        _dir_travel(folder, excludes, take, include_gitignore=True, logger=LOG)
+        heeds_git = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"  # as Ray
+        _dir_travel(folder, excludes, take, include_gitignore=heeds_git, logger=LOG)
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be read ({error}); submit from another folder"

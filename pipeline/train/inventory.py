@@ -48,10 +48,9 @@ def list_checkpoints(run: RunFolder) -> list[Entry]:
 
 
 def _look(run: RunFolder, name: str) -> Entry:
-    root = f"{run.path}/{name}"
-    selector = pafs.FileSelector(root, recursive=True, allow_not_found=True)
+    selector = pafs.FileSelector(f"{run.path}/{name}", recursive=True, allow_not_found=True)
     found = {
-        info.path.removeprefix(root).lstrip("/"): info
+        info.path.rpartition(f"/{name}/")[2]: info
         for info in run.filesystem.get_file_info(selector)
         if info.type == pafs.FileType.File
     }
