@@ -141,7 +141,10 @@ def points(runs: Path, metric: str) -> list[tuple[int, float]]:
     if not (runs / "mlflow.db").exists():
         return []
     with sqlite3.connect(runs / "mlflow.db") as database:
-        rows = database.execute("select step, value from metrics where key = ?", (metric,))
+        try:
+            rows = database.execute("select step, value from metrics where key = ?", (metric,))
+        except sqlite3.OperationalError:  # MLflow makes its tables step by step
+            return []
         return sorted(rows.fetchall())
 
 
