@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 DEFAULT = "http://127.0.0.1:8265"
 PATIENCE = 10.0  # seconds for a first answer
 HERE = ("localhost", "127.0.0.1", "::1")
+# Loggers of Ray's client that tell of each step, two of them at a level of their own.
+CHATTY = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
 
 Address = Annotated[
     str | None,
@@ -55,8 +57,8 @@ def connect(address: str | None) -> "JobSubmissionClient":
     import requests
     from ray.job_submission import JobSubmissionClient
 
-    for handler in logging.getLogger("ray").handlers:
-        handler.setLevel(logging.ERROR)  # Ray's client tells of each step
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     with refusals(url):
         # Ray's client waits forever for a machine that does not answer.
         requests.get(f"{url}/api/version", timeout=PATIENCE)

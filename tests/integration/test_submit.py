@@ -148,6 +148,7 @@ def test_it_is_the_same_as_training_here(head: Head, followed: str) -> None:
     for part in ("Submitted run 'tiny'", "Training from step 0", "text to image R@1", "SUCCEEDED"):
         assert part in followed
     assert "Traceback" not in followed
+    assert "ploading package" not in followed, "that is what Ray's client says"
     assert newest_step(head.folder.parent, 0) == 18  # 300 rows, 16 a step
 
 
