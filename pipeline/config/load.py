@@ -23,6 +23,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises `UserError` that lists every unknown key (with the nearest right name) and every wrong
     value by its dotted path.
     """
+    return parse_config(read_values(path, overrides), str(path))
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Give the plain values of the YAML at `path` with `overrides` applied. Raises `UserError`."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such config file; give the path of a YAML file")
@@ -32,7 +37,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds {type(values).__name__}; a config is a mapping of sections")
-    return parse_config(override_values(values, overrides), str(path))
+    return override_values(values, overrides)
 
 
 def override_values(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

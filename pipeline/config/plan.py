@@ -127,6 +127,14 @@ def find_contradictions(config: Config) -> list[Problem]:
     """Everything in `config` that contradicts itself, whatever the data."""
     problems: list[Problem] = []
     train, workers = config.train, config.cluster.max_workers
+    if config.tracking.uri == "embedded" and "://" in config.cluster.storage:
+        problems.append(
+            Problem(
+                place="tracking.uri",
+                message=f"embedded needs local storage, cluster.storage is {config.cluster.storage}"
+                "; give the URI of an MLflow server",
+            )
+        )
     if train.global_batch % workers:
         down, up = train.global_batch // workers * workers, -(-train.global_batch // workers)
         problems.append(

@@ -73,8 +73,10 @@ class Lease:
 
 
 @contextlib.contextmanager
-def leased(run: RunFolder, say: Callable[[str], None]) -> Iterator[Lease]:
-    """Hold the run's lease. Raises `UserError` when another driver holds it.
+def leased(
+    run: RunFolder, say: Callable[[str], None], instead: str = "start another run with name=..."
+) -> Iterator[Lease]:
+    """Hold the run's lease. Raises `UserError` when another driver holds it; `instead` ends it.
 
     A driver that died on this machine is known to be dead; one elsewhere is watched for a while,
     which `say` is told.
@@ -87,7 +89,7 @@ def leased(run: RunFolder, say: Callable[[str], None]) -> Iterator[Lease]:
         if found is not None:
             raise UserError(
                 f"{run.url}: process {found['pid']} on {found['host']} is training this run; stop "
-                "it first, or start another run with name=..."
+                f"it first, or {instead}"
             )
     lease = Lease(run)
     lease.renew()

@@ -200,10 +200,12 @@ def publish(run: RunFolder, name: str, world_size: int, given_up: threading.Even
     return True
 
 
-def prune(run: RunFolder, keep: int) -> list[str]:
-    """Remove all checkpoints but the newest `keep`, and remains of older ones; give their names."""
-    whole = run.checkpoints()
-    kept = whole[-keep:]
+def prune(run: RunFolder, keep: int, whole: list[str] | None = None) -> list[str]:
+    """Remove all checkpoints but the newest `keep`, and remains of older ones; give their names.
+
+    `whole`, oldest first, are those that count; without, all that were published.
+    """
+    kept = (run.checkpoints() if whole is None else whole)[-keep:]
     gone = [name for name in run.attempted() if kept and name < kept[-1] and name not in kept]
     for name in gone:
         run.remove(name)

@@ -48,7 +48,9 @@ def write_run(folder: Path, rows: int = 300, **sections: dict[str, Any]) -> Path
     return path
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(
+    *arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     """Start the command in a process group of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", *arguments],
@@ -56,6 +58,8 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        cwd=cwd,
+        env=env,
         # A shell starts what it puts in the background with SIGINT ignored, and children inherit.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
@@ -137,7 +141,10 @@ def points(runs: Path, metric: str) -> list[tuple[int, float]]:
     if not (runs / "mlflow.db").exists():
         return []
     with sqlite3.connect(runs / "mlflow.db") as database:
-        rows = database.execute("select step, value from metrics where key = ?", (metric,))
+        try:
+            rows = database.execute("select step, value from metrics where key = ?", (metric,))
+        except sqlite3.OperationalError:  # MLflow makes its tables step by step
+            return []
         return sorted(rows.fetchall())
 
 
