@@ -10,7 +10,7 @@ def local_ray() -> Iterator[None]:
     """One Ray in this process for the tests of a module that need no isolation.
 
     It must not outlive the module: others start, starve and kill Rays of their own beside it, and a
-    process whose Ray has died ends without a word. Nor may it join one that such a test left behind.
+    process whose Ray has died ends without a word. Nor may it join one that such a test left.
     """
     import ray
 
