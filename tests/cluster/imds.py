@@ -34,7 +34,7 @@ class Imds:
         """Refuse all tokens given so far."""
         self.tokens.append("")
 
-    def wait_until_asked(self, path: str, times: int = 1, timeout: float = 10.0) -> None:
+    def wait_until_asked(self, path: str, times: int = 1, timeout: float = 30.0) -> None:
         """Return when `path` has been answered so many more times."""
         before = self._count(path)
         with self.answered:
