@@ -12,6 +12,7 @@ before the instance went.
 """
 
 import argparse
+import http.client
 import json
 import os
 import subprocess
@@ -37,23 +38,29 @@ class Metadata:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def read(self, path: str) -> str | None:
-        """Give the text at `path`, or None where there is none. Raises `OSError`."""
+        """Give the text at `path`, or None where there is none.
+
+        Raises `OSError` or `HTTPException`.
+        """
+        if not self._token:
+            self._renew()
         try:
-            return self._get(path)
-        except urllib.error.HTTPError as error:
-            if error.code == 404:
-                return None
-            if error.code != 401:
-                raise
-        self._token = self._request(
-            "PUT", "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_SECONDS)}
-        )
-        try:
+            try:
+                return self._get(path)
+            except urllib.error.HTTPError as error:
+                if error.code != 401:
+                    raise
+            self._renew()
             return self._get(path)
         except urllib.error.HTTPError as error:
             if error.code == 404:
                 return None
             raise
+
+    def _renew(self) -> None:
+        self._token = self._request(
+            "PUT", "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_SECONDS)}
+        )
 
     def _get(self, path: str) -> str:
         return self._request("GET", path, {"X-aws-ec2-metadata-token": self._token})
@@ -91,7 +98,7 @@ def drain(seconds: float, options: list[str]) -> bool:
 
 def watch(metadata: Metadata, every: float, options: list[str]) -> int:
     """Poll until there is a notice and the node is drained; give the exit status."""
-    kind = None
+    kind = trouble = None
     while True:
         try:
             kind = kind or metadata.read("/latest/meta-data/instance-life-cycle")
@@ -99,6 +106,7 @@ def watch(metadata: Metadata, every: float, options: list[str]) -> int:
                 say(f"this instance is {kind}: nothing to watch")
                 return 0
             notice = metadata.read("/latest/meta-data/spot/instance-action")
+            trouble = None
             if notice is not None:
                 left = seconds_left(notice, datetime.now(UTC))
                 if left <= 0:
@@ -106,9 +114,11 @@ def watch(metadata: Metadata, every: float, options: list[str]) -> int:
                     return 1
                 if drain(left, options):
                     return 0
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             # The service throttles and restarts; a watcher that dies of it misses the notice.
-            say(f"metadata: {error!r}")
+            if repr(error) != trouble:  # once, or the log of a day without it fills the disk
+                trouble = repr(error)
+                say(f"metadata: {trouble}")
         time.sleep(every)
 
 

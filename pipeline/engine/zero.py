@@ -181,11 +181,14 @@ def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
-    from deepspeed import ops
 
-    # On CPU DeepSpeed would compile a shared-memory all-reduce, which training does not use, and so
-    # need a C++ compiler on every node.
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        from deepspeed import ops
+
+        # DeepSpeed would compile a shared-memory all-reduce, which training does not use, and so
+        # need a C++ compiler on every node. With CUDA it has none, and to look at this table makes
+        # it probe the compiler and the GPU for every operator there is.
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 

@@ -1,12 +1,17 @@
 """The file for `ray up`: what Ray makes of it, and what it must promise."""
 
 import copy
+import json
 import re
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
+import boto3
 import jsonschema
 import pytest
+from moto import mock_aws
+from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests.cluster.manifests import CLUSTER, Json, read
@@ -115,6 +120,138 @@ class TestContainers:
         assert ("--gpus=all" in _options(name)) == has_gpus
 
 
+# ---- Ray's own code for EC2, against an EC2 that is played
+
+IAM = {path.stem: json.loads(path.read_text()) for path in (CLUSTER / "iam").glob("*.json")}
+
+
+def _actions(*policies: str) -> set[str]:
+    found: set[str] = set()
+    for policy in policies:
+        for statement in IAM[policy]["Statement"]:
+            action = statement["Action"]
+            found |= {action} if isinstance(action, str) else set(action)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ec2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """An account with what cluster/README.md makes in it before the first `ray up`."""
+    with pytest.MonkeyPatch.context() as monkeypatch, mock_aws():
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "none")
+        # Ray writes the ssh key that it makes to ~/.ssh.
+        monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        for role in ("gammaray-head", "gammaray-worker"):
+            boto3.client("iam").create_instance_profile(InstanceProfileName=role)
+        client = boto3.client("ec2", region_name=CONFIG["provider"]["region"])
+        [vpc] = client.describe_vpcs()["Vpcs"]
+        name = CONFIG["provider"]["security_group"]["GroupName"]
+        group = client.create_security_group(GroupName=name, Description="Ray", VpcId=vpc["VpcId"])[
+            "GroupId"
+        ]
+        client.authorize_security_group_ingress(
+            GroupId=group,
+            IpPermissions=[
+                {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]},
+                {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22,
+                 "IpRanges": [{"CidrIp": "192.0.2.1/32"}]},
+            ],
+        )  # fmt: skip
+        yield client
+
+
+@pytest.fixture(scope="module")
+def bootstrapped(ec2: Any) -> Json:
+    """What `ray up` makes of the file before it starts the head."""
+    config = copy.deepcopy(CONFIG)
+    image = ec2.describe_images()["Images"][0]["ImageId"]
+    for kind in config["available_node_types"].values():
+        kind["node_config"]["ImageId"] = image
+    config = AWSNodeProvider.fillout_available_node_types_resources(prepare_config(config))
+    validate_config(config)
+    return AWSNodeProvider.bootstrap_config(config)
+
+
+class TestEc2:
+    def test_ray_finds_the_resources_of_the_types(self, bootstrapped: Json) -> None:
+        types = bootstrapped["available_node_types"]
+        assert types["head"]["resources"] == {"CPU": 0}
+        for name in ("gpu_spot", "ingest"):
+            gpus, cpus, _ = INSTANCES[types[name]["node_config"]["InstanceType"]]
+            resources = types[name]["resources"]
+            assert (resources.get("GPU", 0), resources["CPU"]) == (gpus, cpus)
+
+    def test_only_known_addresses_reach_ssh(self, ec2: Any, bootstrapped: Json) -> None:
+        groups = ec2.describe_security_groups()["SecurityGroups"]
+        assert not any(group["GroupName"].startswith("ray-autoscaler") for group in groups)
+        [ours] = [group for group in groups if group["GroupName"] == "gammaray"]
+        for kind in bootstrapped["available_node_types"].values():
+            assert kind["node_config"]["SecurityGroupIds"] == [ours["GroupId"]]
+        ranges = [found["CidrIp"] for rule in ours["IpPermissions"] for found in rule["IpRanges"]]
+        assert ranges == ["192.0.2.1/32"]
+
+    def test_head_may_do_what_its_autoscaler_does(self, bootstrapped: Json) -> None:
+        provider = AWSNodeProvider(bootstrapped["provider"], bootstrapped["cluster_name"])
+        asked: set[str] = set()
+        for resource in (provider.ec2, provider.ec2_fail_fast):
+            resource.meta.client.meta.events.register(
+                "before-call.ec2", lambda model, **_: asked.add(f"ec2:{model.name}")
+            )
+        kind = bootstrapped["available_node_types"]["gpu_spot"]
+        tags = {"ray-node-type": "worker", "ray-node-name": "ray-gammaray-worker"}
+        nodes = provider.create_node(kind["node_config"], tags, 1)
+        [node] = provider.non_terminated_nodes({})
+        provider.set_node_tags(node, {"ray-node-status": "up-to-date"})
+        provider.internal_ip(node)
+        provider.terminate_nodes([node])
+
+        assert asked <= _actions("head")
+        assert {"ec2:RunInstances", "ec2:CreateTags", "ec2:TerminateInstances"} <= asked
+        [instance] = nodes.values()
+        assert instance.instance_lifecycle == "spot"
+        assert {"Key": "ray-cluster-name", "Value": "gammaray"} in instance.tags
+
+
+class TestRoles:
+    def test_head_starts_the_workers_and_nothing_else(self) -> None:
+        text = json.dumps(IAM["head"])
+        types = {
+            kind["node_config"]["InstanceType"] for name, kind in TYPES.items() if name != "head"
+        }
+        [start] = [
+            found["Condition"]["StringEquals"]
+            for found in IAM["head"]["Statement"]
+            if found["Sid"] == "StartInstancesOfThisCluster"
+        ]
+        assert set(start["ec2:InstanceType"]) == types
+        assert start["aws:RequestTag/ray-cluster-name"] == CONFIG["cluster_name"]
+        worker = TYPES["gpu_spot"]["node_config"]["IamInstanceProfile"]["Name"]
+        assert f"arn:aws:iam::ACCOUNT:role/{worker}" in text
+
+    def test_name_no_action_by_pattern(self) -> None:
+        assert not any("*" in action for action in _actions("head", "run"))
+        for policy in ("head", "run"):
+            for statement in IAM[policy]["Statement"]:
+                if statement["Resource"] == "*":
+                    # The only two that cannot be narrowed.
+                    assert statement["Action"] in (
+                        "ec2:DescribeInstances", "ecr:GetAuthorizationToken"
+                    )  # fmt: skip
+
+    def test_workers_reach_the_bucket_and_the_image_alone(self) -> None:
+        assert {action.split(":")[0] for action in _actions("run")} == {"s3", "ecr"}
+
+
+def test_nodes_may_use_docker_before_they_pull() -> None:
+    """Ray keeps a connection open from before: what it may do does not follow the group."""
+    docker, login = CONFIG["initialization_commands"]
+    assert "chown ubuntu /var/run/docker.sock" in docker
+    registry = CONFIG["docker"]["image"].split("/")[0]
+    assert login.endswith(f"docker login --username AWS --password-stdin {registry}")
+    assert f"--region {CONFIG['provider']['region']} " in login
+
+
 def test_image_is_the_projects(version: str) -> None:
     assert CONFIG["docker"]["image"] == f"REGISTRY/gammaray:{version}"
 
@@ -132,4 +269,4 @@ def test_workers_are_watched() -> None:
 
 def test_holds_no_secret() -> None:
     text = (CLUSTER / "aws.yaml").read_text()
-    assert not re.search(r"AKIA|ASIA|aws_secret|ssh_private_key|password", text)
+    assert not re.search(r"AKIA|ASIA|aws_secret|ssh_private_key|password *[:=]", text)

@@ -90,6 +90,53 @@ def test_builds_no_operator() -> None:
     assert "offload" not in (ROOT / "pipeline" / "engine" / "zero.py").read_text()
 
 
+OPERATORS = """
+import os, torch, torch.distributed as dist
+from pipeline.config.schema import EngineConfig, OptimConfig
+from pipeline.engine.zero import Engine, _import_deepspeed
+
+_import_deepspeed(torch.device("cpu"))
+from deepspeed.ops.op_builder.builder import OpBuilder
+
+os.environ["LOCAL_RANK"] = "0"
+loaded = []
+OpBuilder.load = lambda self, verbose=True: loaded.append(self.name)
+OpBuilder.jit_load = OpBuilder.load
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+for stage in (0, 1, 2, 3):
+    for precision in ("fp32", "bf16"):
+        engine = Engine(
+            torch.nn.Linear(4, 4),
+            engine=EngineConfig(zero_stage=stage, precision=precision),
+            optim=OptimConfig(), micro_batch=2, accumulation=1, device=torch.device("cpu"),
+        )
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        engine.backward(engine(torch.ones(2, 4, dtype=dtype)).float().sum())
+        assert engine.step(1.0) > 0
+print("LOADED", loaded)
+"""
+
+
+def test_no_stage_loads_an_operator() -> None:
+    """Else the first step in the image would look for a compiler. Runs in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", OPERATORS], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "LOADED []" in done.stdout, done.stdout + done.stderr
+
+
+def test_reports_to_nobody() -> None:
+    assert "MLFLOW_DISABLE_TELEMETRY=true" in "\n".join(STAGES["mlflow"])
+    for variable in ("MLFLOW_DISABLE_TELEMETRY=true", "RAY_USAGE_STATS_ENABLED=0"):
+        assert variable in "\n".join(STAGES["gammaray"])
+
+
+def test_token_file_has_a_folder_of_its_user() -> None:
+    """Docker makes the folder of a file that is mounted alone, and as root's."""
+    [mounted] = read(CLUSTER / "aws.yaml")[0]["file_mounts"]
+    assert f"install -d -m 0700 -o ray -g ray {Path(mounted).parent}" in TEXT
+
+
 def test_copies_only_what_the_context_has() -> None:
     """What .dockerignore lets through is what COPY takes, and all of it is there."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
@@ -102,6 +149,23 @@ def test_copies_only_what_the_context_has() -> None:
     assert copied == kept
     assert all((ROOT / path).exists() for path in copied)
     assert lines[1] == "*"
+
+
+def _compose_mistakes(path: Path) -> str:
+    """What the schema of Compose, which the checker brings along, finds."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("check-jsonschema"),
+         "--builtin-schema", "vendor.compose-spec", path],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+def test_compose_knows_every_field(tmp_path: Path) -> None:
+    text = (CLUSTER / "mlflow.compose.yaml").read_text()
+    assert _compose_mistakes(CLUSTER / "mlflow.compose.yaml") == ""
+    (tmp_path / "broken.yaml").write_text(text.replace("restart:", "restrat:", 1))
+    assert "restrat" in _compose_mistakes(tmp_path / "broken.yaml")
 
 
 def test_compose_has_the_projects_versions() -> None:
@@ -123,7 +187,8 @@ def test_compose_has_the_projects_versions() -> None:
 def test_compose_listens_on_loopback_and_holds_no_secret() -> None:
     [compose] = read(CLUSTER / "mlflow.compose.yaml")
     for service in compose["services"].values():
-        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+        ports = service.get("ports", ())
+        assert all(port.startswith("${MLFLOW_ADDRESS:-127.0.0.1}:") for port in ports)
         for name, value in service["environment"].items():
             if re.search("PASSWORD|SECRET", name):
                 # Refused without a value: no default that everyone knows.

@@ -192,6 +192,12 @@ class TestGroups:
         # Terms are alternatives, the rules of one term are not: any spot label, or none of them.
         assert len(terms) == (3 if is_spot else 1)
 
+    def test_is_not_tidied_away(self, kind: str, name: str) -> None:
+        found = groups(SPECS[kind])[name]["template"]["metadata"]["annotations"]
+        assert found["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+        # Karpenter would not end such a pod when its spot machine goes, and so nobody would drain.
+        assert ("karpenter.sh/do-not-disrupt" in found) == (name != "gpu-spot")
+
     def test_image_is_the_projects(self, kind: str, name: str, version: str) -> None:
         image = ray_container(groups(SPECS[kind])[name])["image"]
         assert image == f"registry.example.com/gammaray:{version}"
