@@ -284,6 +284,9 @@ def _log_artifacts(run: tracker.RunRef, prepared: Prepared, bad: list[BadRow]) -
 def _ray(config: Config, listen: Listener) -> Iterator[None]:
     """A connection to Ray, closed at the end: late lines of workers must not reach the console."""
     _start_ray(config, listen)
+    if threading.current_thread() is threading.main_thread():
+        # In place of Ray's own: what stops a job before it trains is like Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

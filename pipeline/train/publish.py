@@ -212,6 +212,16 @@ def prune(run: RunFolder, keep: int, whole: list[str] | None = None) -> list[str
     return gone
 
 
+def forget_after(run: RunFolder, name: str) -> None:
+    """Remove what is newer than checkpoint `name`, which training goes on from.
+
+    It is damaged, or was never whole; a newer name must not outlive those that come now.
+    """
+    for later in run.attempted():
+        if later > name:
+            run.remove(later)
+
+
 def read_manifest(run: RunFolder, name: str) -> Sums:
     """What the files of a published checkpoint must be. Raises `Damaged`."""
     text = run.read_text(f"{name}/{MANIFEST}")

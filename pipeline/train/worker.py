@@ -38,7 +38,7 @@ from pipeline.train.board import Board, pass_warnings_on
 from pipeline.train.checkpoint import State, load_checkpoint, read_meta, save_checkpoint
 from pipeline.train.loop import Actions, Cadence, Left, Progress, Wish, run_loop
 from pipeline.train.objective import build_loss, build_pretraining
-from pipeline.train.publish import Sender, agreed, fetch_derived, keep
+from pipeline.train.publish import Sender, agreed, fetch_derived, forget_after, keep
 from pipeline.train.pulse import Pulse
 from pipeline.train.step import train_step
 from pipeline.train.store import RunFolder
@@ -291,8 +291,10 @@ class _Trainer:
             self.state = load_checkpoint(
                 folder, self.engine, self.loss, rank=self.rank, world_size=self.world_size
             )
-            if self.rank == 0 and (folder / UNIVERSAL).exists():
-                keep(self.folder, f"{name}/{UNIVERSAL}", folder / UNIVERSAL)
+            if self.rank == 0:
+                forget_after(self.folder, name)
+                if (folder / UNIVERSAL).exists():
+                    keep(self.folder, f"{name}/{UNIVERSAL}", folder / UNIVERSAL)
 
     def _step(self, progress: Progress) -> bool:
         config, plan = self.config, self.plan

@@ -14,6 +14,7 @@ from pipeline.train.publish import (
     agreed,
     fetch_derived,
     fetched,
+    forget_after,
     keep,
     prune,
     verify,
@@ -154,6 +155,17 @@ def test_only_the_newest_stay(tmp_path: Path, run: RunFolder) -> None:
     (Path(run.path) / "step-5").mkdir()  # being sent
     assert prune(run, keep=1) == ["step-2", "step-3"]
     assert run.attempted() == ["step-4", "step-5"]
+
+
+def test_a_damaged_newest_does_not_push_out_the_good_ones(tmp_path: Path, run: RunFolder) -> None:
+    """By its name it would be the newest for ever, and the only one that is kept."""
+    for name in ("step-00000010", "step-00000017"):
+        _save(tmp_path, run, name)
+    (Path(run.path) / "step-00000017" / "loss-1.pt.gz").write_text("x")
+    forget_after(run, "step-00000010")
+    _save(tmp_path, run, "step-00000015")
+    prune(run, keep=1)
+    assert run.checkpoints() == ["step-00000015"]
 
 
 def test_what_was_made_of_a_checkpoint_is_kept_only_while_it_is_whole(
