@@ -20,6 +20,8 @@ import ray
 import ray.data
 import torch
 from numpy.typing import NDArray
+from ray.data._internal.stats import get_or_create_stats_actor
+from ray.data._internal.usage.actor import get_or_create_usage_collection_actor
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.exceptions import RayTaskError
@@ -33,6 +35,16 @@ BLOCK_BYTES = 32 * 2**20  # a decoded block: small enough for a quick first batc
 STOP_SECONDS = 5.0  # for an execution to end; it may be waiting for a block
 PIECES_PER_EXECUTION = 512  # read tasks planned at once; bounds the plan of a web-scale epoch
 T = TypeVar("T")
+
+
+def start_ray_data_here() -> None:
+    """Start Ray Data's own actors on this node, before a worker's stream would start them.
+
+    They stay on the node that asks first, for as long as the cluster lives, and no autoscaler takes
+    a node away while an actor is on it.
+    """
+    get_or_create_stats_actor()
+    get_or_create_usage_collection_actor()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

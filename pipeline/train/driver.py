@@ -23,15 +23,13 @@ from typing import Any
 import ray
 import ray.exceptions
 import ray.train
-from ray.data._internal.stats import get_or_create_stats_actor
-from ray.data._internal.usage.actor import get_or_create_usage_collection_actor
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline.config.load import dump, parse_config
 from pipeline.config.schema import Config, WorkersRange, flatten
 from pipeline.data.storage import open_filesystem
-from pipeline.data.stream import BadRow
+from pipeline.data.stream import BadRow, start_ray_data_here
 from pipeline.errors import Problem, UserError, raise_problems
 from pipeline.tracking import tracker
 from pipeline.tracking.plots import PANELS, plot_curves
@@ -100,7 +98,7 @@ def train(config: Config, listen: Listener, log_path: Path) -> Outcome:
         pass_warnings_on(listen),
     ):
         _check_cluster(config)
-        _keep_ray_data_here()
+        start_ray_data_here()
         say("Opening the MLflow run")
         record = _reopen(config, record) if record else _new_record(prepared, folder, name)
         folder.write_record(record)
@@ -314,16 +312,6 @@ def _check_cluster(config: Config) -> None:
     """Refuse what a Ray of our own can never give; any other cluster may get more nodes."""
     if config.cluster.address == "local" and "RAY_ADDRESS" not in os.environ:
         raise_problems(_lacking(config), "The cluster lacks resources")
-
-
-def _keep_ray_data_here() -> None:
-    """Start Ray Data's own actors on this node, before a worker's stream would start them.
-
-    They stay on the node that asks first, for as long as the cluster lives, and no autoscaler takes
-    a node away while an actor is on it.
-    """
-    get_or_create_stats_actor()
-    get_or_create_usage_collection_actor()
 
 
 def _lacking(config: Config) -> list[Problem]:

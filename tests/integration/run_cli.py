@@ -76,12 +76,18 @@ def run(*arguments: str) -> str:
     return finish(start(*arguments))
 
 
-def wait_for(what: Callable[[], Any], seconds: float = TIMEOUT_S) -> Any:
-    """Poll until `what` gives something true."""
+def wait_for(
+    what: Callable[[], Any],
+    seconds: float = TIMEOUT_S,
+    driver: subprocess.Popen[str] | None = None,
+) -> Any:
+    """Poll until `what` gives something true, which a `driver` that has ended never does."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if found := what():
             return found
+        if driver is not None and driver.poll() is not None:
+            raise AssertionError(f"the command has ended:\n{driver.communicate()[0]}")
         time.sleep(0.1)
     raise AssertionError("it did not happen in time")
 

@@ -53,9 +53,15 @@ def s3_server() -> Iterator[int]:
 
 @dataclass(kw_only=True)
 class Proxy:
-    """Passes requests on to `port`. `spoil` chooses the fault of a GET: path, its how-manieth."""
+    """Passes requests on to `port`. `spoil` chooses the fault of a GET: path, its how-manieth.
+
+    While it `is_down` it answers nothing; a PUT takes `put_seconds` longer; `puts` are their paths.
+    """
 
     port: int
+    is_down: bool = False
+    put_seconds: float = 0.0
+    puts: list[str] = field(default_factory=list)
     spoil: Callable[[str, int], Fault | None] = lambda path, count: None
     counts: dict[str, int] = field(default_factory=dict)
     spoiled: int = 0
@@ -93,11 +99,29 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         del format, args
 
+    def _body(self) -> bytes | None:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            length = int(self.headers.get("Content-Length") or 0)
+            return self.rfile.read(length) if length else None
+        body = b""
+        while size := int(self.rfile.readline().partition(b";")[0], 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        while self.rfile.readline().strip():
+            pass
+        return body
+
     def _pass_on(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
-        body = self.rfile.read(length) if length else None
+        body = self._body()
+        if self.state.is_down:
+            _hang_up(self)
+            return
+        if self.command == "PUT":
+            self.state.puts.append(self.path.partition("?")[0])
+            time.sleep(self.state.put_seconds)
         onward = HTTPConnection("127.0.0.1", self.state.port, timeout=60)
-        headers = dict(self.headers.items())
+        headers = {name: value for name, value in self.headers.items()
+                   if name.lower() not in ("transfer-encoding", "expect")}  # fmt: skip
         onward.request(self.command, self.path, body, headers)
         answer = onward.getresponse()
         content = answer.read()
@@ -126,6 +150,10 @@ class _Handler(BaseHTTPRequestHandler):
 def reset(handler: _Handler, answer: HTTPResponse, content: bytes) -> None:
     """Close the connection without an answer."""
     del answer, content
+    _hang_up(handler)
+
+
+def _hang_up(handler: _Handler) -> None:
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     handler.close_connection = True
     handler.connection.close()

@@ -151,10 +151,15 @@ def test_a_run_that_no_node_can_hold_says_what_is_missing(head: _Head, tmp_path:
         tmp_path, cluster={"address": head.address, "workers": 1, "cpus_per_worker": 64}
     )
     driver = start("train", str(config))
-    log = tmp_path / "runs" / "logs"
-    time.sleep(80)
+    assert driver.stdout is not None
+    output = ""
+    for line in driver.stdout:
+        output += line
+        if "waiting for nodes" in line:
+            break
     driver.send_signal(signal.SIGINT)
-    output, _ = driver.communicate(timeout=120)
-    assert driver.returncode == 130
-    assert "waiting for nodes" in output, (output, [path.read_text() for path in log.glob("*")])
+    output += driver.communicate(timeout=120)[0]
+    log = [path.read_text() for path in (tmp_path / "runs" / "logs").glob("*")]
+    assert driver.returncode == 130, (output, log)
+    assert "waiting for nodes" in output, (output, log)
     assert head.nodes() == 0, "nothing is started that would not help"

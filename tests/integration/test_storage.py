@@ -2,10 +2,12 @@
 
 import os
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,11 +17,21 @@ from pipeline.data.rows import read_rows
 from pipeline.data.storage import open_filesystem
 from pipeline.errors import UserError
 from tests.integration import s3
-from tests.integration.run_cli import finish, start, used_rows, write_run
+from tests.integration.run_cli import (
+    finish,
+    kill_a_worker,
+    mlflow_runs,
+    points,
+    start,
+    used_rows,
+    wait_for,
+    write_run,
+)
 
 pytestmark = pytest.mark.integration
 
 GROUPS, ROWS = 4, 25
+EPOCHS = 30
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +164,40 @@ def test_a_run_reads_every_row_through_bad_weather(
     flat = " ".join(output.split())
     assert "pairs/run/train/part-00000.parquet: row group" in flat
     assert "the storage refuses these credentials" in flat
+
+
+@pytest.mark.chaos
+def test_checkpoints_outlive_their_storage_and_a_kill_while_they_are_sent(
+    bad_weather: s3.Proxy, tmp_path: Path
+) -> None:
+    """Nobody answers for 20 s; later a worker is killed when half a checkpoint is there."""
+    config = write_run(tmp_path, train={"epochs": EPOCHS, "checkpoint_every": 20})
+    driver = start(
+        "train", str(config), "cluster.storage=s3://pairs/runs",
+        f"tracking.uri=sqlite:///{tmp_path}/runs/mlflow.db",
+    )  # fmt: skip
+
+    def whole() -> int:
+        return sum(path.endswith("manifest.json") for path in bad_weather.puts)
+
+    wait_for(whole, driver=driver)
+    bad_weather.is_down = True
+    time.sleep(20)
+    bad_weather.is_down = False
+    before = whole()
+    wait_for(lambda: whole() > before, driver=driver)
+    bad_weather.put_seconds = 2
+    begun = len(bad_weather.puts)
+    wait_for(lambda: any("/step-" in path for path in bad_weather.puts[begun:]), driver=driver)
+    kill_a_worker(driver)
+    bad_weather.put_seconds = 0
+    output = finish(driver)
+    assert "restarting" in output
+    assert mlflow_runs(tmp_path / "runs") == ["FINISHED"]
+    steps = [step for step, _ in points(tmp_path / "runs", "train/loss")]
+    assert len(steps) == len(set(steps)) == EPOCHS * 300 // 16
+    filesystem, root = open_filesystem("s3://pairs/runs")
+    pafs.copy_files(f"{root}/tiny", str(tmp_path / "copy"), source_filesystem=filesystem)
+    rows = {epoch: union(pairs) for epoch, pairs in used_rows(tmp_path / "copy").items()}
+    assert all(rows[epoch] == ((0, 300),) for epoch in range(EPOCHS - 1))
+    assert sum(end - begin for pairs in rows.values() for begin, end in pairs) == 16 * len(steps)

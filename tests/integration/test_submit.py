@@ -75,6 +75,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     dashboard, client = _free_ports(2)
     environment = {
         **kept,
+        # The job's `python` is the first one on the path of the head, as on a real cluster.
+        "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}",
         "PYTHONPATH": str(REPOSITORY),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
