@@ -109,8 +109,8 @@ class Run:
                 f"data.train={folder}/data/train", f"data.val={folder}/data/test",
                 f"cluster.storage={folder}/runs", f"cluster.address={address}",
                 "cluster.workers={min: 1, max: 2, check_every_s: 2}", "cluster.cpus_per_worker=1.5",
-                "cluster.ingest_cpus=0.5", "train.epochs=1000", f"train.checkpoint_every={EVERY}",
-                "train.log_every=1",
+                "train.epochs=1000", f"train.checkpoint_every={EVERY}",
+                "train.log_every=1", "train.keep=1000",
             ],
             stdout=(folder / "run.log").open("wb"),
             stderr=subprocess.STDOUT,
@@ -182,11 +182,10 @@ def started(folder: Path) -> Iterator[tuple[Nodes, Run]]:
 
 def trouble(run: Run, make: Callable[[], None]) -> dict[str, float]:
     """Make trouble in the middle between two checkpoints; give what it cost, in seconds."""
-    attempt = run.steps()[-1].attempt
     begun = run.steps()[-1].samples
-    run.wait(lambda steps: steps[-1].samples >= begun + EVERY * GLOBAL_BATCH
-             and steps[-1].samples // GLOBAL_BATCH % EVERY >= EVERY // 2)  # fmt: skip
-    at = time.time()
+    steps = run.wait(lambda steps: steps[-1].samples >= begun + EVERY * GLOBAL_BATCH
+                     and steps[-1].samples // GLOBAL_BATCH % EVERY >= EVERY // 2)  # fmt: skip
+    attempt, at = steps[-1].attempt, time.time()
     make()
     steps = run.wait(lambda steps: steps[-1].attempt > attempt)
     last = max(step.at for step in steps if step.attempt == attempt)
