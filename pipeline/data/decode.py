@@ -4,7 +4,7 @@ Enters: the place of rows, a `Recipe`. Leaves: blocks of decoded, tokenised rows
 identity. Must not know: batches, workers, Ray, torch (tasks start sooner and smaller without).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -51,6 +51,39 @@ class Recipe:
     synonyms: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Encoded rows: `facts` has all columns but `image`, `images` each row's as views of memory.
+
+    Views, since to take rows from a window's tables would copy every picture into fresh memory.
+    """
+
+    facts: pa.Table
+    images: Sequence[list[memoryview]]
+
+    @staticmethod
+    def of(table: pa.Table) -> "Rows":
+        """The rows of a table as `read_rows` gives it; nothing is copied."""
+        images = [view for chunk in table.column("image").chunks for view in _views(chunk)]
+        return Rows(table.drop_columns("image"), images)
+
+
+def _views(lists: pa.ListArray) -> Iterator[list[memoryview]]:
+    """The images of each row; null images are left out, a null list is an empty one."""
+    values = lists.values
+    _, offsets, data = values.buffers()
+    if data is None:
+        yield from ([] for _ in range(len(lists)))
+        return
+    content = memoryview(data)
+    ends = np.frombuffer(offsets, np.int64)[values.offset :].tolist()
+    is_there = values.is_valid().to_pylist()
+    bounds = lists.offsets.to_pylist()
+    for row, is_list in enumerate(lists.is_valid().to_pylist()):
+        chosen = range(bounds[row], bounds[row + 1]) if is_list else ()
+        yield [content[ends[at] : ends[at + 1]] for at in chosen if is_there[at]]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadPiece:
     """Reads a piece's row groups and gives its rows, encoded, in the order of their positions."""
@@ -78,19 +111,21 @@ class ReadPiece:
         """Rows it gives."""
         return self.piece.positions[1] - self.piece.positions[0]
 
-    def __call__(self) -> Iterator[pa.Table]:
+    def __call__(self) -> Iterator[Rows]:
         """Read the window, all row groups at once, and give its rows in chunks."""
         window = self.piece.window
         with ThreadPoolExecutor(CONCURRENT_READS) as pool:
-            tables = pool.map(self._read, self.shards, window.visits)
-            # Once: to take rows from a table of chunks, Arrow would combine them every time.
-            table = pa.concat_tables(tables).combine_chunks()
+            parts = [Rows.of(table) for table in pool.map(self._read, self.shards, window.visits)]
+        facts = pa.concat_tables(part.facts for part in parts).combine_chunks()
+        images = [image for part in parts for image in part.images]
         rows_of_positions = permutation(self.seed, self.piece.epoch, window, self.shuffle)
         low, high = (position - window.start for position in self.piece.positions)
         for start in range(low, high, CHUNK_ROWS):
             positions = np.arange(start, min(start + CHUNK_ROWS, high))
-            chunk = table.take(pa.array(rows_of_positions[positions]))
-            yield chunk.append_column("position", pa.array(positions + window.start))
+            rows = rows_of_positions[positions]
+            chunk = facts.take(pa.array(rows))
+            chunk = chunk.append_column("position", pa.array(positions + window.start))
+            yield Rows(chunk, [images[row] for row in rows])
 
     def _read(self, shard: tuple[Source, str], visit: Visit) -> pa.Table:
         source, path = shard
@@ -122,10 +157,11 @@ class Decode:
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
 
-    def __call__(self, table: pa.Table) -> dict[str, Any]:
+    def __call__(self, encoded: Rows) -> dict[str, Any]:
         """Give the columns of a block; images [rows, size, size, 3] uint8."""
         cv2.setNumThreads(1)  # one task, one CPU
         recipe = self._recipe
+        table = encoded.facts
         rows = table.num_rows
         identity = {
             name: table.column(name).to_numpy()
@@ -136,7 +172,7 @@ class Decode:
         cleaned = np.zeros(rows, dtype=np.bool_)
         texts: list[str] = []
         more: list[list[str]] = []
-        image_column, caption_column = table.column("image"), table.column("caption")
+        caption_column = table.column("caption")
         absences = table.column("absence").to_pylist()
         for row in range(rows):
             rng = np.random.default_rng(
@@ -150,11 +186,11 @@ class Decode:
             if recipe.clean_captions:
                 found, captions = captions, clean_captions(captions)
                 cleaned[row] = captions != found
-            encoded = self._draw(image_column[row].as_py(), rng)
+            image = self._draw(encoded.images[row], rng)
             reason: str | None = absences[row] or (None if captions else "empty_caption")
             if reason is None:
                 try:
-                    images[row] = self._pixels(encoded, rng)
+                    images[row] = self._pixels(image, rng)
                 except image_module.BadImage as error:
                     reason = error.reason
             if reason is not None:
@@ -185,14 +221,14 @@ class Decode:
                 )
         return columns
 
-    def _draw(self, images: list[bytes | None] | None, rng: np.random.Generator) -> bytes | None:
+    def _draw(self, images: list[memoryview], rng: np.random.Generator) -> memoryview | None:
         """One of a row's images: any in training, else the first."""
-        there = [image for image in images or () if image]
+        there = [image for image in images if image]
         if len(there) < 2 or not self._recipe.train:
             return there[0] if there else None
         return there[int(rng.integers(len(there)))]
 
-    def _pixels(self, data: bytes | None, rng: np.random.Generator) -> image_module.Pixels:
+    def _pixels(self, data: memoryview | None, rng: np.random.Generator) -> image_module.Pixels:
         recipe = self._recipe
         if not recipe.train:
             return image_module.decode_eval(data, recipe.background, recipe.image_size)

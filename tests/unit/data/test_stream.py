@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data.augment import augment_image, augment_text
-from pipeline.data.decode import GOOD, REASONS, Decode, Recipe
+from pipeline.data.decode import GOOD, REASONS, Decode, Recipe, Rows
 from pipeline.data.image import decode_train
 from pipeline.data.layout import Catalog, Shard, as_captions
 from pipeline.data.stream import Tally, _rebatch
@@ -68,7 +68,7 @@ def _recipe(**changes: Any) -> Recipe:
 
 
 def _decode(table: pa.Table, **changes: Any) -> dict[str, Any]:
-    return Decode(_recipe(**changes))(table)
+    return Decode(_recipe(**changes))(Rows.of(table))
 
 
 def _same(one: dict[str, Any], other: dict[str, Any], *names: str) -> bool:
@@ -153,7 +153,7 @@ def test_evaluation_is_not_augmented(everything: dict[str, Any]) -> None:
 def test_batches_count_the_rows_that_were_cleaned() -> None:
     shard = Shard(path="p", size=1, row_groups=(0, 0, 0, 20), group_bytes=(1,) * 4, num_rows=20)
     recipe = _recipe(clean_captions=True)
-    block = Decode(recipe)(_table())
+    block = Decode(recipe)(Rows.of(_table()))
     catalog = Catalog(sources=(), shards=(shard,))
     tally = Tally()
     for batch in _rebatch([block], catalog, recipe, 4):
