@@ -281,8 +281,8 @@ def _find_orientation(data: Encoded) -> int:
     return 1
 
 
-def _read_orientation(exif: bytes) -> int:
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+def _read_orientation(exif: Encoded) -> int:
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(bytes(exif[:4]))
     if order is None:
         return 1
     try:
