@@ -24,7 +24,7 @@ from tests.integration.run_cli import (
     write_run,
 )
 
-pytestmark = [pytest.mark.integration, pytest.mark.chaos]
+pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.timeout(900)]
 
 PORT = 6379  # the one that Ray's provider of such nodes knows
 MOST_NODES = 3
@@ -129,9 +129,9 @@ def test_nodes_come_for_a_run_and_go_after_it(head: _Head, tmp_path: Path) -> No
         cluster={"address": head.address, "workers": {"min": 1, "max": 2, "check_every_s": 2},
                  "cpus_per_worker": 2, "ingest_cpus": 1},
     )  # fmt: skip
-    driver = start("train", str(config), "train.epochs=20")
+    driver = start("train", str(config), "train.epochs=20", "train.checkpoint_every=50")
     seen: set[int] = set()
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while driver.poll() is None and time.monotonic() < deadline:
         seen.add(head.nodes())
         time.sleep(0.2)
