@@ -221,14 +221,16 @@ class Decode:
                 )
         return columns
 
-    def _draw(self, images: list[memoryview], rng: np.random.Generator) -> memoryview | None:
+    def _draw(self, images: list[memoryview], rng: np.random.Generator) -> bytes | None:
         """One of a row's images: any in training, else the first."""
         there = [image for image in images if image]
-        if len(there) < 2 or not self._recipe.train:
-            return there[0] if there else None
-        return there[int(rng.integers(len(there)))]
+        if not there:
+            return None
+        is_drawn = len(there) > 1 and self._recipe.train
+        # Bytes: the JPEG decoder refuses views of Arrow's memory, and Pillow would take over.
+        return bytes(there[int(rng.integers(len(there))) if is_drawn else 0])
 
-    def _pixels(self, data: memoryview | None, rng: np.random.Generator) -> image_module.Pixels:
+    def _pixels(self, data: bytes | None, rng: np.random.Generator) -> image_module.Pixels:
         recipe = self._recipe
         if not recipe.train:
             return image_module.decode_eval(data, recipe.background, recipe.image_size)

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Pixels = NDArray[np.uint8]
-Encoded = bytes | memoryview
 Reason = Literal["null_image", "corrupt_image", "tiny_image", "huge_image"]
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb: 0.5 GiB of RGB
@@ -60,7 +59,7 @@ class _JpegHeader(NamedTuple):
     orientation: int
 
 
-def decode(data: Encoded | None, background: tuple[int, int, int]) -> Pixels:
+def decode(data: bytes | None, background: tuple[int, int, int]) -> Pixels:
     """Decode an image file to [height, width, 3] RGB, upright; transparency shows `background`.
 
     Raises `BadImage` when there are no bytes, they do not decode whole, or the picture has a side
@@ -73,7 +72,7 @@ def decode(data: Encoded | None, background: tuple[int, int, int]) -> Pixels:
 
 
 def decode_train(
-    data: Encoded | None,
+    data: bytes | None,
     background: tuple[int, int, int],
     size: int,
     scale: tuple[float, float],
@@ -92,7 +91,7 @@ def decode_train(
     return _turn(pixels, MIRRORED) if flip and rng.random() < flip else pixels
 
 
-def decode_eval(data: Encoded | None, background: tuple[int, int, int], size: int) -> Pixels:
+def decode_eval(data: bytes | None, background: tuple[int, int, int], size: int) -> Pixels:
     """Centre square at `size`, the picture that `eval_geometry` gives; raises as `decode` does."""
     return _decode_crop(data, background, size, _centre_crop)
 
@@ -106,7 +105,7 @@ def eval_geometry(pixels: Pixels, size: int) -> Pixels:
 
 
 def _decode_crop(
-    data: Encoded | None,
+    data: bytes | None,
     background: tuple[int, int, int],
     size: int,
     choose: Callable[[int, int], Crop],
@@ -212,13 +211,13 @@ def _to_square(pixels: Pixels, size: int, method: int) -> Pixels:
 # ---- JPEG ----------------------------------------------------------------------------------------
 
 
-def is_plain_jpeg(data: Encoded) -> bool:
+def is_plain_jpeg(data: bytes) -> bool:
     """Whether a picture that decodes is a JPEG with no CMYK and no rotation to apply."""
     header = _read_jpeg_header(data)
     return header is not None and not header.is_cmyk and header.orientation == 1
 
 
-def _read_jpeg_header(data: Encoded) -> _JpegHeader | None:
+def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
     """None: another format, or a kind of JPEG that is left to Pillow."""
     if data[:2] != b"\xff\xd8":
         return None
@@ -235,7 +234,7 @@ def _read_jpeg_header(data: Encoded) -> _JpegHeader | None:
     )
 
 
-def _decode_jpeg(data: Encoded, header: _JpegHeader, factor: int) -> Pixels:
+def _decode_jpeg(data: bytes, header: _JpegHeader, factor: int) -> Pixels:
     """The upright picture with sides divided by `factor`, rounded up."""
     height, width = (-(-side // factor) for side in header[:2])
     channels = 4 if header.is_cmyk else 3
@@ -267,7 +266,7 @@ def _turn(pixels: Pixels, orientation: int) -> Pixels:
     return turned.astype(np.uint8, copy=False)
 
 
-def _find_orientation(data: Encoded) -> int:
+def _find_orientation(data: bytes) -> int:
     """The EXIF orientation among the segments before the scan; 1 (upright) when there is none."""
     at = 2
     while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"\xda", b""):
@@ -281,8 +280,8 @@ def _find_orientation(data: Encoded) -> int:
     return 1
 
 
-def _read_orientation(exif: Encoded) -> int:
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(bytes(exif[:4]))
+def _read_orientation(exif: bytes) -> int:
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None:
         return 1
     try:
@@ -301,7 +300,7 @@ def _read_orientation(exif: Encoded) -> int:
 # ---- other formats -------------------------------------------------------------------------------
 
 
-def _decode_any(data: Encoded, background: tuple[int, int, int]) -> Pixels:
+def _decode_any(data: bytes, background: tuple[int, int, int]) -> Pixels:
     """The upright picture (the first one of several) by Pillow."""
     try:
         with warnings.catch_warnings():

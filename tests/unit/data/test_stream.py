@@ -100,6 +100,14 @@ def test_without_augmentation_a_row_draws_as_it_always_has() -> None:
     assert not block["cleaned"].any()
 
 
+def test_a_jpeg_takes_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: Any) -> None:
+        raise AssertionError("Pillow, three times slower")
+
+    monkeypatch.setattr("pipeline.data.image._decode_any", slow)
+    assert _decode(_table().slice(0, 1))["reason"].tolist() == [GOOD]
+
+
 def test_augmentation_draws_after_crop_and_caption() -> None:
     plain = _decode(_table())
     pictures = _decode(_table(), augment_image="rand_augment")
