@@ -60,6 +60,7 @@ class Screen:
             "left": self._on_left,
             "warning": self._on_warning,
             # What the driver makes of these comes as a warning, or is how it ends.
+            "controller": _ignore,
             "failed": _ignore,
             "stalled": _ignore,
             "stopped": _ignore,

@@ -24,7 +24,7 @@ import ray
 import ray.exceptions
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 
 from pipeline.config.load import dump, parse_config
 from pipeline.config.schema import Config, WorkersRange, flatten
@@ -38,12 +38,14 @@ from pipeline.train.lease import Lease, leased
 from pipeline.train.loop import Wish
 from pipeline.train.preflight import Prepared, lacking_resources, prepare, prepare_evaluation
 from pipeline.train.store import RunFolder, RunRecord, changed_keys, find_run
-from pipeline.train.witness import Failures, PlannedResize
+from pipeline.train.witness import Failures, Introduction, PlannedResize, Trainer
 from pipeline.train.worker import EvaluationJob, Job, evaluate_worker, train_worker, versions
 
 Listener = Callable[[Event], None]
+LOG = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 WAITING_SECONDS = 60.0  # between two sentences about what the cluster lacks
+END_SECONDS = 30.0  # for Ray Train to stop its workers when no more is wanted of them
 
 
 class RunFailed(Exception):
@@ -383,6 +385,7 @@ class Watch:
         self._said_waiting = time.monotonic()
         self.is_training = False
         self.has_left: Wish | None = None
+        self.controller: Any = None
         self.metrics: dict[str, float] = {}
         self.stopped: str | None = None
         self.given_up: str | None = None
@@ -436,6 +439,8 @@ class Watch:
         match event["kind"]:
             case "step":
                 self._rates.append(event["metrics"]["train/samples_per_s"])
+            case "controller":
+                self.controller = event["actor"]
             case "evaluation":
                 self.metrics = event["metrics"]
             case "stopped":
@@ -524,7 +529,7 @@ def _fit(
             "num_workers": (workers.min, workers.max),
             "elastic_resize_monitor_interval_s": workers.check_every_s,
         }
-    trainer = TorchTrainer(
+    trainer = Trainer(
         work,
         train_loop_config=settings,
         scaling_config=ScalingConfig(
@@ -543,7 +548,11 @@ def _fit(
             storage_filesystem=filesystem,
             # Failures are counted here, since the last checkpoint, not by Ray Train, in all.
             failure_config=FailureConfig(max_failures=-1),
-            callbacks=[Failures(watch.board), PlannedResize(watch.board)],  # pyright: ignore[reportArgumentType]
+            callbacks=[  # pyright: ignore[reportArgumentType]
+                Introduction(watch.board),
+                Failures(watch.board),
+                PlannedResize(watch.board),
+            ],
         ),
     )
     with watch.running():
@@ -557,7 +566,7 @@ def _fit(
         raise KeyboardInterrupt
 
 
-def _wait(trainer: TorchTrainer, watch: Watch, lease: Lease | None) -> None:
+def _wait(trainer: Trainer, watch: Watch, lease: Lease | None) -> None:
     """Run `trainer.fit()` beside the main thread, which hears of signals and of the end.
 
     At a first SIGINT or SIGTERM the workers are asked to save and stop; a second one does not wait.
@@ -574,20 +583,39 @@ def _wait(trainer: TorchTrainer, watch: Watch, lease: Lease | None) -> None:
     with _signals() as heard:
         thread.start()
         has_asked = False
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
-            if heard and not has_asked and watch.is_training:
-                watch.board.ask(Wish.STOP)
-                watch.say("Saving before the end; once more to stop without")
-                has_asked = True
-            elif len(heard) > has_asked:
-                raise KeyboardInterrupt
-            if watch.given_up is not None:
-                raise RunFailed(watch.given_up, can_go_on=True)
-            if lease is not None and lease.is_lost:
-                raise RunFailed("another driver has taken this run over", can_go_on=False)
+        try:
+            while thread.is_alive():
+                thread.join(POLL_SECONDS)
+                if heard and not has_asked and watch.is_training:
+                    watch.board.ask(Wish.STOP)
+                    watch.say("Saving before the end; once more to stop without")
+                    has_asked = True
+                elif len(heard) > has_asked:
+                    raise KeyboardInterrupt
+                if watch.given_up is not None:
+                    raise RunFailed(watch.given_up, can_go_on=True)
+                if lease is not None and lease.is_lost:
+                    raise RunFailed("another driver has taken this run over", can_go_on=False)
+        finally:
+            _end(thread, watch)
     if failures:
         raise failures[0]
+
+
+def _end(thread: threading.Thread, watch: Watch) -> None:
+    """End Ray Train's controller, and with it the thread that waits for it.
+
+    Ray may not be shut down while a thread waits in it: the process would die of a bad address.
+    """
+    deadline = time.monotonic() + END_SECONDS
+    has_asked = False
+    while thread.is_alive() and time.monotonic() < deadline:
+        if watch.controller is not None and not has_asked:
+            watch.controller.abort.remote()
+            has_asked = True
+        thread.join(POLL_SECONDS)
+    if thread.is_alive():
+        LOG.warning("Ray Train did not end within %.0f s", END_SECONDS)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,6 @@
-"""What happens in Ray Train's controller, told to the driver; a resize waits until all is saved.
+"""What happens in Ray Train's controller, and which actor it is, told to the driver.
+
+A resize waits until all is saved.
 
 The hooks are Ray Train's own, some of them internal to it: the version of Ray is pinned.
 """
@@ -6,8 +8,12 @@ The hooks are Ray Train's own, some of them internal to it: the version of Ray i
 import time
 from typing import Any
 
+import ray
+from ray._private.worker import get_dashboard_url
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ResizingState, TrainControllerState
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
@@ -16,6 +22,20 @@ from pipeline.train.board import Board
 from pipeline.train.loop import Wish
 
 RESIZE_PATIENCE = 300.0  # seconds for the workers to save; then they are stopped all the same
+
+
+class Trainer(TorchTrainer):
+    """Ray Train's, which at the end does not wait for an answer of a dashboard that is not there.
+
+    What cleans up after a controller that died asks the dashboard whether it lives. A Ray without
+    one, as `gammaray train` starts it, ends with the driver and cleans itself up.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        if get_dashboard_url():
+            return callbacks
+        return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
 
 
 class Failures(UserCallback):
@@ -42,6 +62,18 @@ def blame(exceptions: dict[int, Exception]) -> str:
 
 def _is_dead(error: BaseException) -> bool:
     return isinstance(error, RayActorError) or isinstance(error.__cause__, RayActorError)
+
+
+class Introduction(ControllerCallback):
+    """Tells the driver which actor the controller is, so that it can be ended."""
+
+    def __init__(self, board: Board):
+        self._board = board
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Called before the controller does anything else."""
+        del train_run_context
+        self._board.post("controller", actor=ray.get_runtime_context().current_actor)
 
 
 class PlannedResize(ControllerCallback):
