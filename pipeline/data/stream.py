@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import ray
 import ray.data
 import torch
 from numpy.typing import NDArray
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.stats import get_or_create_stats_actor
 from ray.data._internal.usage.actor import get_or_create_usage_collection_actor
 from ray.data.block import Block, BlockAccessor, BlockMetadata
@@ -32,6 +34,7 @@ from pipeline.data.order import Cursor, Order, Piece, RowGroup
 from pipeline.data.order import Source as OrderedSource
 
 BLOCK_BYTES = 32 * 2**20  # a decoded block: small enough for a quick first batch
+REST_SECONDS = 0.02  # while blocks wait to be taken; a batch takes longer to train on
 STOP_SECONDS = 5.0  # for an execution to end; it may be waiting for a block
 PIECES_PER_EXECUTION = 512  # read tasks planned at once; bounds the plan of a web-scale epoch
 T = TypeVar("T")
@@ -45,6 +48,19 @@ def start_ray_data_here() -> None:
     """
     get_or_create_stats_actor()
     get_or_create_usage_collection_actor()
+
+
+class _Rest(ExecutionCallback):
+    """Ray Data's loop sleeps while there is something to take.
+
+    When its tasks wait for room it would go round without a pause, in a thread of the trainer's
+    process, and take a good part of a core from training.
+    """
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Called after each turn of the loop."""
+        if not executor._consumer_idling():
+            time.sleep(REST_SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,6 +185,7 @@ def _blocks(
     context.target_max_block_size = BLOCK_BYTES
     # A long evaluation or checkpoint leaves the stream idle; idleness is no error.
     context.execution_options.preserve_order = True
+    context.custom_execution_callback_classes = [_Rest]
     store = ray.cluster_resources().get("object_store_memory", 2**30)
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
         object_store_memory=0.25 * store / world_size
