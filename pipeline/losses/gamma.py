@@ -41,6 +41,7 @@ from pipeline.losses.pairs import (
     weigh_foreign,
 )
 from pipeline.losses.priors import Observation, Prior
+from pipeline.losses.tiles import LEAST, TiledPairs
 
 PRIOR_GRADIENT_SCALE = 1e-3
 SIDES = ("image", "text")
@@ -96,7 +97,7 @@ class Opened:
     inputs: tuple[Tensor, Tensor, Tensor]
     features: Features
     scale: Tensor
-    local: LocalPairs
+    local: LocalPairs | TiledPairs
     partners: Sequence[Tensor]
     anchors: "_Anchors"
     log_z: Tensor | None
@@ -117,7 +118,8 @@ class GammaLoss:
     `prior` predicts from local state; without one, predictions may be given with the call.
     `scale_rule` says which gradient the logit scale gets (`rho`: see `_scale_gradient`). An
     anchor's total weight of negatives is capped at `max_weight`. With `reach` a worker also meets
-    partners' pairs. The evidence of the prior is
+    partners' pairs. `precision` is that of the products of a large batch on a GPU (of embeddings,
+    and of weights with embeddings); logits and sums are fp32 at least. The evidence of the prior is
     running state of this worker: see `state_dict`.
     """
 
@@ -129,6 +131,7 @@ class GammaLoss:
     max_weight: float = math.inf
     reach: Reach | None = None
     block: int = BLOCK_ROWS
+    precision: torch.dtype = torch.float32
     image_evidence: Evidence = field(default_factory=Evidence)
     text_evidence: Evidence = field(default_factory=Evidence)
     meetings: int = 0
@@ -192,7 +195,7 @@ class GammaLoss:
                     belief = torch.stack([found[0], found[1]])
             # The batch's own noise is measured between two halves of the negatives.
             parts = 1 if belief is None else 2
-            local = LocalPairs(features.image, features.text, scale, self.block)
+            local = self._local(features, scale)
             sums = local.sums(parts)
             met = [torch.stack([partner.text, partner.image]) for partner in partners()]
             for others in met:
@@ -233,6 +236,12 @@ class GammaLoss:
         metrics = {"loss": bound, "logit_scale": opened.inputs[2].detach().clone()}
         diagnose = partial(_diagnose, anchors, tilt, opened.features, opened.scale)
         return LossValue(loss=loss, metrics=metrics | anchors.metrics, diagnose=diagnose)
+
+    def _local(self, features: Features, scale: Tensor) -> LocalPairs | TiledPairs:
+        image, text = features.image, features.text
+        if image.device.type == "cuda" and len(image) >= LEAST:
+            return TiledPairs(image, text, scale, self.precision)
+        return LocalPairs(image, text, scale, self.block)
 
     def _conclude(self, positive: Tensor, sums: Sums, log_z: Tensor | None) -> "_Anchors":
         num_negatives = sums.total

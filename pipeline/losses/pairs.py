@@ -91,11 +91,7 @@ class LocalPairs:
                 log_sum[part, 0, start:end] = logits[:, columns].logsumexp(1)
             seen = log_sum[int(parts == 2 and start >= cut), 1]
             torch.logaddexp(seen, logits.logsumexp(0), out=seen)
-        count = log_sum.new_full((parts, b), b - 1 - cut)
-        if parts == 2:
-            count[0, :cut], count[0, cut:] = cut - 1, cut
-            count[1, :cut] = b - cut
-        return Sums(log_sum=log_sum, count=count, total=b - 1)
+        return Sums(log_sum=log_sum, count=count_negatives(self.positive, parts, cut), total=b - 1)
 
     def weigh(
         self, log_u: Float[Tensor, "2 b"], pull: Float[Tensor, " b"]
@@ -122,6 +118,18 @@ class LocalPairs:
             torch.mm(weights, y, out=by_x[start:end])
             by_y.addmm_(weights.T, x[start:end])
         return by_x, by_y, cosines.div_(self._scale)
+
+
+def count_negatives(
+    positive: Float[Tensor, " b"], parts: int, cut: int
+) -> Float[Tensor, "parts b"]:
+    """Count each anchor's negatives among the pairs, or before and from `cut` on."""
+    b = len(positive)
+    count = positive.new_full((parts, b), b - 1 - cut)
+    if parts == 2:
+        count[0, :cut], count[0, cut:] = cut - 1, cut
+        count[1, :cut] = b - cut
+    return count
 
 
 def foreign_sums(

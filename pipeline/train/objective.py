@@ -113,6 +113,7 @@ def build_loss(config: Config, plan: Plan, *, embed_dim: int, rank: int, world_s
         rho=loss.rho,
         max_weight=loss.max_weight,
         reach=PartnerExchange(loss.exchange) if loss.exchange else None,
+        precision=torch.bfloat16 if config.engine.precision == "bf16" else torch.float32,
         image_evidence=evidence(),
         text_evidence=evidence(),
     )
