@@ -8,6 +8,7 @@ from torch import nn
 from pipeline.config.schema import OptimConfig
 
 PRIOR_PREFIX = "prior."
+ALIGNMENT = 8  # elements: 16 bytes of bf16
 
 
 def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -26,6 +27,10 @@ def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, An
             matrices.append(parameter)
         else:
             vectors.append(parameter)
+    for group in (matrices, vectors, prior):
+        # ZeRO lays a group's parameters end to end: after one of odd length all others begin at
+        # addresses for which cuBLAS has only slow kernels.
+        group.sort(key=lambda parameter: parameter.numel() % ALIGNMENT != 0)
     groups = [
         {"params": matrices, "weight_decay": optim.weight_decay, "peak_lr": optim.lr},
         {"params": vectors, "weight_decay": 0.0, "peak_lr": optim.lr},
