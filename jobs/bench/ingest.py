@@ -38,11 +38,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from jobs.bench.decode import draw_picture
 from jobs.bench.report import arguments, conclude, show_table
+from pipeline.data.batches import make_order, train_batches
 from pipeline.data.decode import Recipe
 from pipeline.data.image import decode_train
 from pipeline.data.layout import read_catalog
 from pipeline.data.order import Cursor
-from pipeline.data.stream import make_order, train_batches
 from pipeline.data.text import Tokenizer, train_tokenizer
 
 SIDE, LENGTH, BATCH = 224, 77, 256

@@ -6,6 +6,7 @@ the reason why a row has no image. Must not know: Ray, decoding, the order.
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -22,6 +23,16 @@ Absence = Literal["failed_download", "missing_file"]
 IMAGES = pa.list_(pa.large_binary())  # large offsets: a window of big pictures passes 2 GiB
 CAPTIONS = pa.list_(pa.string())
 FILES_AT_ONCE = 16  # images read from paths of their own
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BadRow:
+    """A dropped row: which it is, and why."""
+
+    path: str
+    row_group: int
+    row: int
+    reason: str
 
 
 def read_rows(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.data.stream import Batch
+from pipeline.data.batches import Batch
 from pipeline.errors import RunStop
 
 # forward(images, tokens) -> (image embeddings, text embeddings, ...); either input may be None.

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.config.schema import Config, EvaluateConfig
+from pipeline.data.batches import eval_batches
 from pipeline.data.decode import Recipe
 from pipeline.data.layout import Catalog
-from pipeline.data.stream import eval_batches
 from pipeline.data.text import Tokenizer
 from pipeline.evaluate.embed import Forward, embed_rows
 from pipeline.evaluate.retrieval import retrieval

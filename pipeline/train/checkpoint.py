@@ -15,8 +15,8 @@ import torch
 
 from pipeline.config.plan import Plan
 from pipeline.config.schema import Config
+from pipeline.data.batches import Tally
 from pipeline.data.order import Cursor
-from pipeline.data.stream import Tally
 from pipeline.data.text import Tokenizer
 from pipeline.engine.zero import Engine
 from pipeline.losses.base import Loss

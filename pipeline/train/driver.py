@@ -28,8 +28,9 @@ from ray.train.torch import TorchConfig
 
 from pipeline.config.load import dump, parse_config
 from pipeline.config.schema import Config, WorkersRange, flatten
+from pipeline.data.rows import BadRow
 from pipeline.data.storage import open_filesystem
-from pipeline.data.stream import BadRow, start_ray_data_here
+from pipeline.data.stream import start_ray_data_here
 from pipeline.errors import Problem, UserError, raise_problems
 from pipeline.tracking import tracker
 from pipeline.tracking.plots import PANELS, plot_curves

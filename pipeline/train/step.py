@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.data.stream import Batch
+from pipeline.data.batches import Batch
 from pipeline.engine.zero import Engine
 from pipeline.losses.base import Loss
 

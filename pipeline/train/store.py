@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from pipeline.data.rows import BadRow
 from pipeline.data.storage import open_filesystem
-from pipeline.data.stream import BadRow
 from pipeline.data.text import Tokenizer
 from pipeline.errors import UserError
 

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from pipeline.config.plan import Plan
 from pipeline.config.schema import Config
+from pipeline.data.batches import Batch, Tally, make_order, train_batches
 from pipeline.data.decode import REASONS
 from pipeline.data.layout import Catalog
 from pipeline.data.order import Cursor, as_intervals
-from pipeline.data.stream import BadRow, Batch, Tally, make_order, train_batches
+from pipeline.data.rows import BadRow
 from pipeline.data.text import Tokenizer
 from pipeline.engine.schedule import lr_factor
 from pipeline.engine.zero import UNIVERSAL, Engine, gather, load_weights

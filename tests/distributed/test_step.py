@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from jobs.bench.ranks import run_ranks
-from pipeline.data.stream import Batch
+from pipeline.data.batches import Batch
 from pipeline.engine.zero import Engine
 from pipeline.losses.base import LossValue
 from pipeline.losses.gamma import GammaLoss

@@ -109,6 +109,7 @@ class _Head:
         for process in family:
             if process.is_running():
                 process.kill()
+        psutil.wait_procs(family, timeout=60)  # the next head wants the same port
 
 
 @pytest.fixture

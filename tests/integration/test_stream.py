@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.data.batches import Batch, eval_batches, make_order, train_batches
 from pipeline.data.decode import Recipe
 from pipeline.data.layout import mix, read_catalog
 from pipeline.data.order import Cursor, as_intervals
-from pipeline.data.stream import Batch, eval_batches, make_order, train_batches
 from pipeline.data.text import train_tokenizer
 from tests.tiny_data import jpeg, write_pairs
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.schema import Config, flatten
-from pipeline.data.stream import BadRow
+from pipeline.data.rows import BadRow
 from pipeline.errors import UserError
 from pipeline.train.preflight import Prepared, lacking_resources, prepare
 from pipeline.train.store import RunFolder, RunRecord, changed_keys, find_run

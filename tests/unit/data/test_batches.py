@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from pipeline.data.augment import augment_image, augment_text
+from pipeline.data.batches import Tally, _rebatch
 from pipeline.data.decode import GOOD, REASONS, Decode, Recipe, Rows
 from pipeline.data.image import decode_train
 from pipeline.data.layout import Catalog, Shard, as_captions
-from pipeline.data.stream import Tally, _rebatch
 from pipeline.data.text import train_tokenizer
 
 CAPTIONS = [
