@@ -13,8 +13,6 @@ import pytest
 from pipeline.data.order import union
 from tests.integration.run_cli import (
     checkpoint_at,
-    finish,
-    kill_a_worker,
     kill_group,
     mlflow_runs,
     newest_step,
@@ -126,39 +124,6 @@ def test_a_finished_run_is_left_alone(finished: tuple[Path, str, dict]) -> None:
     assert (folder / "runs" / "tiny-2" / "run.json").exists()
 
 
-def _assert_whole(folder: Path) -> None:
-    """Twins of an uninterrupted run: one MLflow run, each point once, each row once."""
-    assert mlflow_runs(folder / "runs") == ["FINISHED"]
-    steps = [step for step, _ in points(folder / "runs", "train/loss")]
-    assert steps == [BATCH * (step + 1) for step in range(STEPS)]
-    used = used_rows(folder / "runs" / "tiny")
-    assert union(used[0]) == ((0, ROWS),)
-    total = sum(end - start for pairs in used.values() for start, end in union(pairs))
-    assert total == STEPS * BATCH
-
-
-def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
-    config = write_run(tmp_path, train={"checkpoint_every": 3})
-    driver = start("train", str(config))
-    wait_for(lambda: checkpoint_at(tmp_path, 6))
-    kill_a_worker(driver)
-    finish(driver)
-    _assert_whole(tmp_path)
-
-
-def test_the_same_command_goes_on_after_the_driver_was_killed(tmp_path: Path) -> None:
-    config = write_run(tmp_path, train={"checkpoint_every": 3})
-    driver = start("train", str(config))
-    wait_for(lambda: checkpoint_at(tmp_path, 6))
-    kill_group(driver)
-    refused = start("train", str(config), "optim.lr=0.1")
-    output, _ = refused.communicate(timeout=60)
-    assert refused.returncode == 2
-    assert "optim.lr was 0.0005, is now 0.1" in output
-    assert "Run 'tiny' is unfinished: going on with it." in run("train", str(config))
-    _assert_whole(tmp_path)
-
-
 def test_five_kills_and_three_numbers_of_workers_lose_no_row_and_repeat_none(
     tmp_path: Path,
 ) -> None:
@@ -175,9 +140,16 @@ def test_five_kills_and_three_numbers_of_workers_lose_no_row_and_repeat_none(
         at = wait_for(lambda at=at: newest_step(tmp_path, after=at))
         time.sleep(draw.uniform(0.0, 0.5))
         kill_group(driver)
+    refused = start("train", str(config), "optim.lr=0.1")
+    output, _ = refused.communicate(timeout=60)
+    assert refused.returncode == 2
+    assert "optim.lr was 0.0005, is now 0.1" in output
     output = run("train", str(config), "cluster.workers=3")
+    assert "Run 'tiny' is unfinished: going on with it." in output
     assert "It began with 2 worker(s) and a global batch of 16; it goes on with 3 and 15." in output
     assert mlflow_runs(tmp_path / "runs") == ["FINISHED"]
+    losses = points(tmp_path / "runs", "train/loss")
+    assert len(losses) == len(dict(losses)), "no step is logged twice"
     assert points(tmp_path / "runs", "train/world_size")[-1][1] == 3
     samples = points(tmp_path / "runs", "train/loss")[-1][0]
     planned = 3 * ROWS // BATCH * BATCH
@@ -189,17 +161,27 @@ def test_five_kills_and_three_numbers_of_workers_lose_no_row_and_repeat_none(
     assert len(quarantined(tmp_path / "runs" / "tiny")) == 3
 
 
-def test_ctrl_c_ends_the_run_as_killed_and_says_how_to_go_on(tmp_path: Path) -> None:
-    driver = start("train", str(write_run(tmp_path, train={"checkpoint_every": 3})))
+def test_ctrl_c_ends_the_run_as_killed_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    config = write_run(tmp_path, train={"checkpoint_every": 3})
+    driver = start("train", str(config))
     wait_for(lambda: checkpoint_at(tmp_path, 3))
     driver.send_signal(signal.SIGINT)
     output, _ = driver.communicate(timeout=120)
     assert driver.returncode == 130, output
     assert "The same command goes on with this run." in output
     assert mlflow_runs(tmp_path / "runs") == ["KILLED"]
+    run("train", str(config))
+    assert mlflow_runs(tmp_path / "runs") == ["FINISHED"]
+    assert json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())["attempts"] == 2
+    assert points(tmp_path / "runs", "train/attempt")[-1][1] == 2
+    steps = [step for step, _ in points(tmp_path / "runs", "train/loss")]
+    assert steps == [BATCH * (step + 1) for step in range(STEPS)]
+    used = used_rows(tmp_path / "runs" / "tiny")
+    assert union(used[0]) == ((0, ROWS),)
+    assert sum(end - start for pairs in used.values() for start, end in pairs) == STEPS * BATCH
 
 
-def test_zero_3_in_bf16_with_accumulation_and_the_comparator(tmp_path: Path) -> None:
+def test_zero_3_in_bf16_with_accumulation(tmp_path: Path) -> None:
     """The far corner of the engine: partitioned weights, bf16, evaluation between steps."""
     engine = {"zero_stage": 3, "precision": "bf16"}
     config = write_run(tmp_path, engine=engine, evaluate={"every": 3, "max_rows": 21})
@@ -213,10 +195,6 @@ def test_zero_3_in_bf16_with_accumulation_and_the_comparator(tmp_path: Path) -> 
     run("evaluate", str(tmp_path / "runs" / "tiny"), "engine.precision=fp32", "--json", str(again))
     first, second = (json.loads(path.read_text())["metrics"] for path in (facts, again))
     assert first.keys() == second.keys()
-    gathered = ["loss.kind=infonce_gathered", "train.epochs=0.2", "data.val=null",
-                "evaluate.zero_shot=[]", "evaluate.every=end", "name=gathered"]  # fmt: skip
-    run("train", str(config), *gathered)
-    assert points(tmp_path / "runs", "train/loss")
 
 
 def test_a_run_of_bad_rows_stops_early_and_says_why(tmp_path: Path) -> None:

@@ -284,18 +284,3 @@ def test_a_frozen_worker_is_named_and_replaced(
     stacks = list((tmp_path / "runs" / "mlartifacts").rglob("stalls/*.txt"))
     assert any("train_step" in path.read_text() for path in stacks)
     _check(tmp_path, twin)
-
-
-def test_the_record_says_how_often_the_workers_were_started(tmp_path: Path, nodes: _Nodes) -> None:
-    nodes.set(2)
-    config = _write(tmp_path, nodes)
-    driver = start("train", str(config))
-    wait_for(lambda: newest_step(tmp_path, after=7))
-    driver.send_signal(signal.SIGTERM)
-    output, _ = driver.communicate(timeout=120)
-    assert driver.returncode == 130, output
-    finish(start("train", str(config)))
-    record = json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())
-    assert record["attempts"] == 2
-    assert points(tmp_path / "runs", "train/attempt")[-1][1] == 2
-    assert not _unsent(tmp_path), "workers leave nothing behind"
