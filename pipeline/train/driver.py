@@ -46,7 +46,8 @@ Listener = Callable[[Event], None]
 LOG = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 WAITING_SECONDS = 60.0  # between two sentences about what the cluster lacks
-END_SECONDS = 30.0  # for Ray Train to stop its workers when no more is wanted of them
+ABORT_SECONDS = 5.0  # for Ray Train to stop its workers when no more is wanted of them
+END_SECONDS = 60.0  # for what waits for Ray Train to hear that it has ended
 
 
 class RunFailed(Exception):
@@ -608,12 +609,15 @@ def _end(thread: threading.Thread, watch: Watch) -> None:
 
     Ray may not be shut down while a thread waits in it: the process would die of a bad address.
     """
-    deadline = time.monotonic() + END_SECONDS
+    began = time.monotonic()
     has_asked = False
-    while thread.is_alive() and time.monotonic() < deadline:
+    while thread.is_alive() and time.monotonic() < began + END_SECONDS:
         if watch.controller is not None and not has_asked:
             watch.controller.abort.remote()
             has_asked = True
+        elif watch.controller is not None and time.monotonic() > began + ABORT_SECONDS:
+            # It hears of nothing while it waits for nodes.
+            ray.kill(watch.controller)
         thread.join(POLL_SECONDS)
     if thread.is_alive():
         LOG.warning("Ray Train did not end within %.0f s", END_SECONDS)

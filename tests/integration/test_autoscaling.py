@@ -163,4 +163,5 @@ def test_a_run_that_no_node_can_hold_says_what_is_missing(head: _Head, tmp_path:
     log = [path.read_text() for path in (tmp_path / "runs" / "logs").glob("*")]
     assert driver.returncode == 130, (output, log)
     assert "waiting for nodes" in output, (output, log)
+    assert "did not end" not in output, (output, log)
     assert head.nodes() == 0, "nothing is started that would not help"
