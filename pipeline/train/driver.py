@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ def train(config: Config, listen: Listener, log_path: Path) -> Outcome:
         )
         status: tracker.Status = "FAILED"
         try:
-            _fit(train_worker, {"job": job}, config, config.cluster.storage, name, watch, lease)
+            work = partial(train_worker, job)
+            _fit(work, config, config.cluster.storage, name, watch, lease)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -175,7 +177,7 @@ def evaluate(
         )
         name = f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
         try:
-            _fit(evaluate_worker, {"job": job}, config, folder.url, name, watch, None)
+            _fit(partial(evaluate_worker, job), config, folder.url, name, watch, None)
         finally:
             # Ray Train keeps its own notes there; an evaluation leaves nothing to resume.
             folder.filesystem.delete_dir(f"{folder.path}/{name}")
@@ -510,15 +512,18 @@ class Watch:
 
 
 def _fit(
-    work: Callable[[dict[str, Any]], None],
-    settings: dict[str, Any],
+    work: Callable[[], None],
     config: Config,
     storage: str,
     name: str,
     watch: Watch,
     lease: Lease | None,
 ) -> None:
-    """Run `work` on every worker; restarts after failures. Raises `RunFailed`."""
+    """Run `work` on every worker; restarts after failures. Raises `RunFailed`.
+
+    What it needs is bound to it, not given as Ray Train's settings: the controller would load
+    those, and for them all of PyTorch and the models, before it asks for workers.
+    """
     cluster = config.cluster
     filesystem, root = open_filesystem(storage)
     resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
@@ -533,7 +538,6 @@ def _fit(
         }
     trainer = Trainer(
         work,
-        train_loop_config=settings,
         scaling_config=ScalingConfig(
             **elastic,
             use_gpu=bool(cluster.gpus_per_worker),

@@ -78,13 +78,12 @@ class EvaluationJob:
     board: Board
 
 
-def train_worker(settings: dict[str, Any]) -> None:
-    """Train one rank to the end of the plan; `settings["job"]` is the `Job`.
+def train_worker(job: Job) -> None:
+    """Train one rank to the end of the plan.
 
     A `RunStop` (too many bad rows, non-finite steps) is posted and returns, and so does a stop that
     was wished for; any other error is raised, and Ray Train restarts the workers.
     """
-    job: Job = settings["job"]
     with pass_warnings_on(lambda event: job.board.post(**event)):
         trainer = _Trainer(job)
         try:
@@ -98,12 +97,8 @@ def train_worker(settings: dict[str, Any]) -> None:
             trainer.close()
 
 
-def evaluate_worker(settings: dict[str, Any]) -> None:
-    """Evaluate one checkpoint on this rank's share of the rows; rank 0 posts.
-
-    `settings["job"]` is the `EvaluationJob`.
-    """
-    job: EvaluationJob = settings["job"]
+def evaluate_worker(job: EvaluationJob) -> None:
+    """Evaluate one checkpoint on this rank's share of the rows; rank 0 posts."""
     context = ray.train.get_context()
     world_size, rank = context.get_world_size(), context.get_world_rank()
     device = ray.train.torch.get_device()

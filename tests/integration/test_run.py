@@ -131,7 +131,8 @@ def test_five_kills_and_three_numbers_of_workers_lose_no_row_and_repeat_none(
         tmp_path,
         train={"checkpoint_every": 2, "epochs": 3},
         cluster={"cpus_per_worker": 0.3},
-        evaluate={"max_rows": 20},
+        data={"val": None},
+        evaluate={"zero_shot": []},
     )
     _damage_three_images(tmp_path / "data" / "train" / "part-00000.parquet")
     at, draw = 0, random.Random(0)

@@ -101,7 +101,8 @@ def _write(folder: Path, nodes: _Nodes, **cluster: Any) -> Path:
         folder,
         rows=ROWS,
         train={"global_batch": BATCH, "epochs": EPOCHS, "checkpoint_every": 8, "log_every": 1},
-        evaluate={"max_rows": 20},
+        data={"val": None},
+        evaluate={"zero_shot": []},
         cluster=settings,
     )
 
