@@ -390,7 +390,7 @@ def _alone(work: Callable[..., dict[str, float]], *inputs: Any) -> dict[str, flo
 
 def _measure_memories(folder: Path, is_quick: bool) -> dict[str, dict[str, float]]:
     """Peaks over an epoch of some rows, of ten times as many, and with a slow consumer."""
-    few = FEW_ROWS if is_quick else 4 * FEW_ROWS
+    few = (2 if is_quick else 4) * FEW_ROWS
     found: dict[str, dict[str, float]] = {}
     tokenizers: dict[int, Tokenizer] = {}
     for name, rows, limit, pause in (

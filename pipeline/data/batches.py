@@ -149,7 +149,7 @@ class _Filling:
         side = recipe.image_size
         self._first_keys = first_keys  # of each shard's row groups
         self.keys = np.full(size, -1, dtype=np.int64)
-        self.images = np.zeros((size, side, side, 3), dtype=np.uint8)
+        self.images = np.empty((size, side, side, 3), dtype=np.uint8)
         self.tokens = np.full((size, recipe.context_length), recipe.tokenizer.pad, dtype=np.int32)
         self.rows = 0
         self.cut = 0
@@ -202,6 +202,7 @@ class _Filling:
         return end
 
     def finish(self) -> Batch:
+        self.images[self.rows :] = 0
         return Batch(
             images=torch.from_numpy(self.images),
             tokens=torch.from_numpy(self.tokens),

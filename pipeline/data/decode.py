@@ -167,22 +167,19 @@ class Decode:
             name: table.column(name).to_numpy()
             for name in ("epoch", "turn", "position", "shard", "row_group", "row", "ordinal")
         }
-        images = np.zeros((rows, recipe.image_size, recipe.image_size, 3), dtype=np.uint8)
+        images = np.empty((rows, recipe.image_size, recipe.image_size, 3), dtype=np.uint8)
         reasons = np.full(rows, GOOD, dtype=np.int8)
         cleaned = np.zeros(rows, dtype=np.bool_)
         texts: list[str] = []
         more: list[list[str]] = []
-        caption_column = table.column("caption")
+        captions_of = table.column("caption").to_pylist()
         absences = table.column("absence").to_pylist()
-        for row in range(rows):
-            rng = np.random.default_rng(
-                [
-                    recipe.seed,
-                    # A row that comes twice in an epoch comes in two turns.
-                    *(int(identity[name][row]) for name in ("turn", "shard", "row_group", "row")),
-                ]
-            )
-            captions = as_captions(caption_column[row].as_py())
+        # A row that comes twice in an epoch comes in two turns.
+        names = ("turn", "shard", "row_group", "row")
+        places = zip(*(identity[name].tolist() for name in names), strict=True)
+        for row, place in enumerate(places):
+            rng = np.random.default_rng([recipe.seed, *place])
+            captions = as_captions(captions_of[row])
             if recipe.clean_captions:
                 found, captions = captions, clean_captions(captions)
                 cleaned[row] = captions != found
@@ -195,6 +192,7 @@ class Decode:
                     reason = error.reason
             if reason is not None:
                 reasons[row] = REASONS.index(reason)
+                images[row] = 0
             captions = captions or [""]
             drawn = int(rng.integers(len(captions))) if recipe.train else 0
             text = captions[drawn]

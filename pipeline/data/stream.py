@@ -22,6 +22,7 @@ from ray.exceptions import RayTaskError
 
 from pipeline.data.decode import Decode, ReadPiece, Recipe
 from pipeline.data.layout import Catalog
+from pipeline.data.memory import keep_freed_memory
 from pipeline.data.order import Order, Piece
 
 BLOCK_BYTES = 32 * 2**20  # a decoded block: small enough for a quick first batch
@@ -64,6 +65,7 @@ def decoded_blocks(
 
     Of a read that failed: `RuntimeError` with the task's own words.
     """
+    keep_freed_memory()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
@@ -77,6 +79,8 @@ def decoded_blocks(
     # A paused task keeps its CPUs, and each worker may have two streams open (training's pauses
     # while evaluation reads): all of them must fit into ingest_cpus at once, or they wait forever.
     concurrency = max(1, int(ingest_cpus // world_size))
+    # One more than CPUs: none is idle while a task ends and the next one begins.
+    concurrency += concurrency > 1
     resources: dict[str, Any] = {
         "num_cpus": ingest_cpus / (2 * world_size * concurrency),
         "concurrency": concurrency,
@@ -112,6 +116,7 @@ class _DecodePiece:
     decode: Decode
 
     def __call__(self) -> Iterator[Block]:
+        keep_freed_memory()
         for rows in self.read():
             yield BlockAccessor.batch_to_block(self.decode(rows))
 
