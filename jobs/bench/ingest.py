@@ -49,7 +49,7 @@ SIDE, LENGTH, BATCH = 224, 77, 256
 CORES = 2
 WINDOW_ROWS = 4096
 GROUP_ROWS, SHARD_ROWS = 512, 2048
-FEW_ROWS = 4096
+FEW_ROWS = 16_384  # enough to fill what the stream may hold
 DRAWN = 256  # pictures; each is stored many times, since the bytes read are the same work
 CROP, WHITE = (0.9, 1.0), (255, 255, 255)
 WORDS = (
@@ -390,13 +390,12 @@ def _alone(work: Callable[..., dict[str, float]], *inputs: Any) -> dict[str, flo
 
 def _measure_memories(folder: Path, is_quick: bool) -> dict[str, dict[str, float]]:
     """Peaks over an epoch of some rows, of ten times as many, and with a slow consumer."""
-    few = (2 if is_quick else 4) * FEW_ROWS
     found: dict[str, dict[str, float]] = {}
     tokenizers: dict[int, Tokenizer] = {}
     for name, rows, limit, pause in (
-        ("once", few, 600.0, 0.0),
-        ("ten times", 10 * few, 600.0, 0.0),
-        ("slow consumer", 10 * few, 30.0 if is_quick else 600.0, 0.5),
+        ("once", FEW_ROWS, 600.0, 0.0),
+        ("ten times", 10 * FEW_ROWS, 600.0, 0.0),
+        ("slow consumer", 10 * FEW_ROWS, 30.0 if is_quick else 600.0, 1.0),
     ):
         data = folder / f"{rows}"
         data.mkdir(exist_ok=True)
