@@ -127,12 +127,18 @@ def _weigh(
     return weights, (by_row * logits).sum(1), (by_column * logits).sum(0)
 
 
+def find_c_compiler() -> str | None:
+    """The C compiler that Triton would use on this machine, if there is one."""
+    names = (os.environ.get("CC"), "cc", "gcc", "clang")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
 @cache
 def _compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """The function compiled for a GPU; as it is elsewhere, and where there is no C compiler."""
     if device.type != "cuda":
         return function
-    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+    if find_c_compiler() is None:
         LOG.warning(
             "no C compiler (cc, gcc, clang or $CC) on this node, so the loss is not compiled: on "
             "large local batches it takes several times as long"

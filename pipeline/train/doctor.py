@@ -12,6 +12,7 @@ import torch
 
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
+from pipeline.losses.tiles import find_c_compiler
 from pipeline.tracking.tracker import check_reachable, tracking_uri
 from pipeline.train.preflight import read_train, read_val
 from pipeline.train.store import RunFolder
@@ -61,10 +62,9 @@ def _machine() -> Iterator[Finding]:
     yield Finding(name="CPUs", found=str(cpus), is_ok=True)
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     yield Finding(name="GPUs", found=", ".join(gpus) or "none: training runs on CPUs", is_ok=True)
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     yield Finding(
-        name="C++ compiler",
-        found=compiler or "none: not needed, only for optional DeepSpeed operators",
+        name="C compiler",
+        found=find_c_compiler() or "none: on GPUs the loss of large local batches is not compiled",
         is_ok=True,
     )
     yield _shared_memory()
