@@ -10,6 +10,7 @@ from functools import cache
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 LARGEST = 128 * 2**20  # arrays up to this size come from kept memory
+OLD_LARGEST = 32 * 2**20  # the most that glibc before 2.35 takes
 KEPT = 256 * 2**20  # free memory beyond this is given back
 
 
@@ -18,5 +19,6 @@ def keep_freed_memory() -> None:
     """Have this process use the memory of freed arrays again; without glibc nothing happens."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGEST)
+        if not mallopt(M_MMAP_THRESHOLD, LARGEST):
+            mallopt(M_MMAP_THRESHOLD, OLD_LARGEST)
         mallopt(M_TRIM_THRESHOLD, KEPT)

@@ -6,6 +6,7 @@ Must not know: batches, torch (tasks start sooner and smaller without).
 """
 
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,16 +82,17 @@ def decoded_blocks(
     concurrency = max(1, int(ingest_cpus // world_size))
     # One more than CPUs: none is idle while a task ends and the next one begins.
     concurrency += concurrency > 1
-    resources: dict[str, Any] = {
-        "num_cpus": ingest_cpus / (2 * world_size * concurrency),
-        "concurrency": concurrency,
-    }
+    # Rounded down: Ray rounds to four places, and what is rounded up does not fit.
+    share = math.floor(1e4 * ingest_cpus / (2 * world_size * concurrency)) / 1e4
     if hasattr(context, "execution_no_progress_timeout_s"):
         context.execution_no_progress_timeout_s = -1
     while planned := list(itertools.islice(pieces, PIECES_PER_EXECUTION)):
         tasks = [ReadPiece.of(catalog, order, piece, recipe.labels) for piece in planned]
         dataset = ray.data.read_datasource(
-            _Pieces(tasks, Decode(recipe)), override_num_blocks=len(tasks), **resources
+            _Pieces(tasks, Decode(recipe)),
+            override_num_blocks=len(tasks),
+            num_cpus=share,
+            concurrency=min(concurrency, len(tasks)),
         )
         iterator: Any = dataset.iterator()
         try:

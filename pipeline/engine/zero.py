@@ -44,6 +44,8 @@ class Engine:
     ):
         """`micro_batch` pairs per worker in a forward, `accumulation` of them per step.
 
+        `layout`: the parameters' names in the order in which ZeRO lays them end to end, by group.
+
         `loads_universal`: what `load` will read was saved by another number of workers.
         """
         deepspeed = _import_deepspeed(device)
@@ -67,10 +69,18 @@ class Engine:
             "steps_per_print": 10**12,
             "checkpoint": {"load_universal": self._loads_universal},
         }
-        optimizer = make_optimizer(parameter_groups(module, optim), optim, device)
+        groups = parameter_groups(module, optim)
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self.layout = [[names[id(each)] for each in group["params"]] for group in groups]
+        optimizer = make_optimizer(groups, optim, device)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings
         )
+
+    @property
+    def loads_by_name(self) -> bool:
+        """Whether `load` finds each parameter by its name, not by its place in the `layout`."""
+        return self._loads_universal
 
     @property
     def module(self) -> nn.Module:

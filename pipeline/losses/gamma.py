@@ -16,7 +16,8 @@ Negatives are the local pairs and, with reach, the pairs of a few partners: give
 the terms of a pair (i here, j there) split into a gradient for x_i here and one for y_j there.
 
 Enters: local embeddings, logit scale, the prior's predictions. Leaves: a scalar and metrics.
-Must not know: how partners' blocks travel. Compute O(b^2 d), memory O(b * block).
+Must not know: how partners' blocks travel. Compute O(b^2 d), memory O(b * block), of a large batch
+on a GPU O(tile^2).
 """
 
 import math

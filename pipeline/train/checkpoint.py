@@ -19,6 +19,7 @@ from pipeline.data.batches import Tally
 from pipeline.data.order import Cursor
 from pipeline.data.text import Tokenizer
 from pipeline.engine.zero import Engine
+from pipeline.errors import RunStop
 from pipeline.losses.base import Loss
 from pipeline.tracking.tracker import Point
 from pipeline.train.loop import Progress
@@ -70,6 +71,7 @@ def save_checkpoint(
             "progress": asdict(state.progress),
             "world_size": world_size,
             "zero_stage": engine.zero_stage,
+            "layout": engine.layout,
             "config": config.model_dump(mode="json"),
             "plan": plan.to_json(),
             "tokenizer": asdict(tokenizer),
@@ -89,9 +91,17 @@ def load_checkpoint(
     """Restore engine and loss in place and give the rest; the cursor is that of all ranks.
 
     Counts of all ranks go to rank 0, so that their sum over ranks stays right. The workers that
-    saved may have been of another number.
+    saved may have been of another number. Raises `RunStop` when the parameters lie in another
+    order, as another version of this package may have laid them.
     """
     meta = read_meta(folder)
+    if not engine.loads_by_name and meta.get("layout") != engine.layout:
+        raise RunStop(
+            f"the checkpoint of step {meta['progress']['step']} was saved by gammaray "
+            f"{meta['versions'].get('gammaray')} with its parameters in another order, and would "
+            "be read as other weights: go on with the version that began the run, or start a new "
+            "run with name=..."
+        )
     engine.load(folder)
     savers = range(meta["world_size"])
     parts = [json.loads((folder / f"part-{saver:05d}.json").read_text()) for saver in savers]

@@ -8,6 +8,7 @@ import contextlib
 import getpass
 import importlib.metadata
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -47,8 +48,8 @@ Listener = Callable[[Event], None]
 LOG = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 WAITING_SECONDS = 60.0  # between two sentences about what the cluster lacks
-ABORT_SECONDS = 5.0  # for Ray Train to stop its workers when no more is wanted of them
-END_SECONDS = 60.0  # for what waits for Ray Train to hear that it has ended
+ABORT_SECONDS = 15.0  # for Ray Train to stop its workers when no more is wanted of them
+END_SECONDS = 30.0  # for what waits for Ray Train to hear that it has ended
 
 
 class RunFailed(Exception):
@@ -522,7 +523,7 @@ def _fit(
     """Run `work` on every worker; restarts after failures. Raises `RunFailed`.
 
     What it needs is bound to it, not given as Ray Train's settings: the controller would load
-    those, and for them all of PyTorch and the models, before it asks for workers.
+    those, and for them the models, before it asks for workers.
     """
     cluster = config.cluster
     filesystem, root = open_filesystem(storage)
@@ -575,7 +576,8 @@ def _fit(
 def _wait(trainer: Trainer, watch: Watch, lease: Lease | None) -> None:
     """Run `trainer.fit()` beside the main thread, which hears of signals and of the end.
 
-    At a first SIGINT or SIGTERM the workers are asked to save and stop; a second one does not wait.
+    At a first SIGINT or SIGTERM the workers are asked to save and stop; a second one does not wait
+    for them, but for Ray Train to end, at most `END_SECONDS`.
     """
     failures: list[BaseException] = []
 
@@ -614,12 +616,12 @@ def _end(thread: threading.Thread, watch: Watch) -> None:
     Ray may not be shut down while a thread waits in it: the process would die of a bad address.
     """
     began = time.monotonic()
-    has_asked = False
+    asked = math.inf
     while thread.is_alive() and time.monotonic() < began + END_SECONDS:
-        if watch.controller is not None and not has_asked:
+        if watch.controller is not None and asked == math.inf:
             watch.controller.abort.remote()
-            has_asked = True
-        elif watch.controller is not None and time.monotonic() > began + ABORT_SECONDS:
+            asked = time.monotonic()
+        elif watch.controller is not None and time.monotonic() > asked + ABORT_SECONDS:
             # It hears of nothing while it waits for nodes.
             ray.kill(watch.controller)
         thread.join(POLL_SECONDS)

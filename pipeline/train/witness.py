@@ -27,8 +27,8 @@ RESIZE_PATIENCE = 300.0  # seconds for the workers to save; then they are stoppe
 class Trainer(TorchTrainer):
     """Ray Train's, which at the end does not wait for an answer of a dashboard that is not there.
 
-    What cleans up after a controller that died asks the dashboard whether it lives. A Ray without
-    one, as `gammaray train` starts it, ends with the driver and cleans itself up.
+    What gives back the workers' resources after a controller that died asks the dashboard whether
+    it lives. Without one, as in a Ray that `gammaray train` starts, the driver's end does it.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -71,7 +71,7 @@ class Introduction(ControllerCallback):
         self._board = board
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Called before the controller does anything else."""
+        """Called before the controller asks for workers."""
         del train_run_context
         self._board.post("controller", actor=ray.get_runtime_context().current_actor)
 

@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_a_checkpoint_is_evaluated_again_to_the_same_numbers(
 def test_a_finished_run_is_left_alone(finished: tuple[Path, str, dict]) -> None:
     folder, _, _ = finished
     output = run("train", str(folder / "run.yaml"), "train.epochs=0.2", "data.val=null",
-                 "evaluate.zero_shot=[]")  # fmt: skip
+                 "evaluate.zero_shot=[]", "loss.kind=infonce_gathered")  # fmt: skip
     assert "'tiny' is finished: this run is 'tiny-2'" in output
     assert (folder / "runs" / "tiny-2" / "run.json").exists()
 
@@ -180,6 +181,9 @@ def test_ctrl_c_ends_the_run_as_killed_and_the_same_command_goes_on(tmp_path: Pa
     used = used_rows(tmp_path / "runs" / "tiny")
     assert union(used[0]) == ((0, ROWS),)
     assert sum(end - start for pairs in used.values() for start, end in pairs) == STEPS * BATCH
+    record = json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())
+    left = Path(tempfile.gettempdir()).glob(f"gammaray-{record['mlflow_run_id']}-*")
+    assert not list(left), "workers leave nothing behind"
 
 
 def test_zero_3_in_bf16_with_accumulation(tmp_path: Path) -> None:

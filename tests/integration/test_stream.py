@@ -208,6 +208,28 @@ def test_struct_images_and_long_captions(tmp_path: Path) -> None:
     assert (batch.tokens[:, -1] == TOKENIZER.end).sum() == 1
 
 
+def test_evaluation_is_read_while_training_pauses(folder: Path) -> None:
+    """Tasks that wait for room keep their CPUs: those of both streams must fit, or it waits."""
+    catalog = read_catalog(str(folder), "data.train")
+    training = train_batches(
+        catalog,
+        make_order(catalog, window_rows=4, seed=0),
+        _recipe(),
+        Cursor(digest=catalog.digest),
+        world_size=1,
+        rank=0,
+        batch_size=1,
+        ingest_cpus=2,
+    )
+    next(training)
+    evaluation = eval_batches(
+        catalog, _recipe(train=False), max_rows=60, world_size=1, rank=0, batch_size=8,
+        ingest_cpus=2,
+    )  # fmt: skip
+    assert sum(batch.rows for batch in evaluation) == 58
+    assert next(training).rows == 1
+
+
 def test_no_usable_row_is_an_error_not_an_endless_search(tmp_path: Path) -> None:
     write_pairs(tmp_path, 6, image=[b"broken"] * 6)
     with pytest.raises(RuntimeError, match=r"none of \d+ rows in a row is usable .*corrupt_image"):

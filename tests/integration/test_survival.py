@@ -218,6 +218,7 @@ def test_workers_follow_the_nodes(nodes: _Nodes, tmp_path: Path) -> None:
     assert at is not None, "a planned resize saves first"
     driver.send_signal(signal.SIGTERM)
     output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 130, output
     assert "Saving before the end" in output
     assert mlflow_runs(tmp_path / "runs") == ["KILLED"]
     resizing, started = _events(tmp_path)
