@@ -92,11 +92,11 @@ class Board:
             return Wish.NONE
 
     def leave(self) -> None:
-        """Say that the workers have fulfilled a wish: all is saved. Rank 0 calls it."""
-        ray.get(self._actor.leave.remote(), timeout=PATIENCE)
+        """Say that the workers have ended, and what they would save is saved. Rank 0 calls it."""
+        self._actor.leave.remote()
 
     def has_left(self) -> bool:
-        """Whether the workers that began last have saved and left."""
+        """Whether the workers that began last have ended."""
         return ray.get(self._actor.has_left.remote(), timeout=PATIENCE)
 
 

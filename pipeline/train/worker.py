@@ -94,6 +94,9 @@ def train_worker(job: Job) -> None:
             if left.wish is Wish.MOVE:
                 raise
         finally:
+            if trainer.rank == 0:
+                # However it ends: a resize that was asked for meanwhile waits for this.
+                job.board.leave()
             trainer.close()
 
 
@@ -126,6 +129,7 @@ def evaluate_worker(job: EvaluationJob) -> None:
         return
     if rank == 0:
         job.board.post("evaluation", metrics=metrics)
+        job.board.leave()
 
 
 def _agreed(run: RunFolder, names: list[str]) -> Any:
@@ -238,8 +242,6 @@ class _Trainer:
             run_loop(progress, cadence, actions)
         except Left as left:
             self._finish()
-            if self.rank == 0:
-                self.job.board.leave()
             self._post("left", step=progress.step, wish=left.wish)
             raise
         self._finish()

@@ -205,7 +205,7 @@ def test_workers_follow_the_nodes(nodes: _Nodes, tmp_path: Path) -> None:
     config = _write(
         tmp_path, nodes, workers={"min": 1, "max": 2, "check_every_s": 2}, max_failures=0
     )
-    driver = start("train", str(config), "train.epochs=40", "train.checkpoint_every=1000")
+    driver = start("train", str(config), "train.epochs=400", "train.checkpoint_every=1000")
 
     def sizes() -> list[float]:
         return [value for _, value in points(tmp_path / "runs", "train/world_size")]
