@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +86,11 @@ class Nodes:
 
     def kill_worker(self) -> None:
         """SIGKILL a training worker."""
-        found = [
-            process
-            for process in psutil.Process().children(recursive=True)
-            if "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline())
-        ]
+        found: list[psutil.Process] = []
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # ended by now, a zombie included
+                if "RayTrainWorker" in " ".join([process.name(), *process.cmdline()]):
+                    found.append(process)
         found[-1].kill()
 
     def close(self) -> None:
