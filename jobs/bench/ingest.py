@@ -39,8 +39,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from jobs.bench.decode import draw_picture
 from jobs.bench.report import arguments, conclude, show_table
 from pipeline.data.batches import make_order, train_batches
-from pipeline.data.decode import Recipe
-from pipeline.data.image import decode_train
+from pipeline.data.decode import Recipe, View
+from pipeline.data.image import RandomCrop, decode_train
 from pipeline.data.layout import read_catalog
 from pipeline.data.order import Cursor
 from pipeline.data.text import Tokenizer, train_tokenizer
@@ -101,7 +101,7 @@ def write_data(folder: Path, rows: int, kinds: tuple[str, ...] = ("parquet", "ta
 
 
 def _pixels(image: bytes, rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    return decode_train(image, WHITE, SIDE, CROP, 0.0, rng)
+    return decode_train(image, WHITE, SIDE, [RandomCrop(CROP, 0.0, rng)])[0]
 
 
 def stream_ours(folder: Path, tokenizer: Tokenizer) -> Iterator[Arrays]:
@@ -112,8 +112,7 @@ def stream_ours(folder: Path, tokenizer: Tokenizer) -> Iterator[Arrays]:
         tokenizer=tokenizer,
         context_length=LENGTH,
         image_size=SIDE,
-        crop_scale=CROP,
-        flip=0.0,
+        view=View(crop_scale=CROP, flip=0.0),
         background=WHITE,
         seed=0,
         train=True,

@@ -40,6 +40,34 @@ class SourceConfig(Section):
     caption_column: str | None = Field(default=None, description="As data.caption_column.")
 
 
+def _check_crop_scale(scale: tuple[float, float]) -> None:
+    low, high = scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(
+            f"crop_scale is {[low, high]}; it must be two shares with 0 < low <= high <= 1"
+        )
+
+
+class ViewConfig(Section):
+    """How the second view of a training row differs from the first: seeded, as all draws are."""
+
+    crop_scale: tuple[float, float] = Field(
+        default=(0.5, 1.0), description="As data.crop_scale, of a crop of its own."
+    )
+    flip: Fraction = Field(default=0.0, description="As data.flip.")
+    augment_image: Literal["none", "rand_augment"] = Field(
+        default="rand_augment", description="As data.augment_image."
+    )
+    augment_text: Fraction = Field(
+        default=1.0, description="As data.augment_text, of the first view's caption as it was."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_crop_scale(self.crop_scale)
+        return self
+
+
 class DataConfig(Section):
     """Where the pairs are and how a row becomes an image array and token ids."""
 
@@ -103,6 +131,10 @@ class DataConfig(Section):
         description="Text file for augment_text that every node reaches: a line a group of "
         "synonyms, separated by commas.",
     )
+    second_view: ViewConfig = Field(
+        default=ViewConfig(),
+        description="The augmented view of a row, made when a term of structure needs it.",
+    )
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     background: tuple[int, int, int] = Field(
@@ -127,11 +159,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(
-                f"crop_scale is {[low, high]}; it must be two shares with 0 < low <= high <= 1"
-            )
+        _check_crop_scale(self.crop_scale)
         return self
 
 
@@ -259,6 +287,85 @@ class LossConfig(Section):
     )
 
 
+class Term(Section):
+    """A term of the loss with a weight, which may begin late and rise."""
+
+    weight: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="0: the term is not there, and costs nothing."
+    )
+    start_samples: NonNegativeInt = Field(
+        default=0, description="Samples seen before which the weight is zero."
+    )
+    ramp_samples: NonNegativeInt = Field(
+        default=0, description="Samples over which it then rises linearly."
+    )
+
+    def at(self, samples: int) -> float:
+        """The weight when so many samples have been seen."""
+        if samples < self.start_samples:
+            return 0.0
+        return self.weight * min(1.0, (samples - self.start_samples + 1) / (self.ramp_samples + 1))
+
+
+class SeparationTerm(Term):
+    """Deep feature separation: independent features beside the shared ones; the paper's L_Sep."""
+
+    orthogonality: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="Within the term: squared cosine of a sample's two features."
+    )
+    contrast: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="Within the term: independent features of a sample and its view."
+    )
+    uniformity: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="Within the term: log mean Gaussian potential of these features."
+    )
+
+
+class BridgeTerm(Term):
+    """Brownian bridge: a view lies between its sample and the pair's other side; L_Br."""
+
+    t: Fraction | tuple[Fraction, ...] | Literal["sampled"] = Field(
+        default=0.25,
+        description="Share of the sample's own embedding in the point its view is pulled to; "
+        "several (their mean), or sampled: drawn per row from 0 to 1.",
+    )
+    text: bool = Field(default=False, description="A bridge for augmented captions too.")
+
+
+class ConsistencyTerm(Term):
+    """Geometric consistency: both modalities have the same inner geometry; L_GC."""
+
+    views: bool = Field(default=True, description="Also between a sample and its view: L_GC^a.")
+
+
+class StructureConfig(Section):
+    """Latent modality structures beside the contrastive loss; all off unless a weight is given."""
+
+    in_modal: Fraction = Field(
+        default=0.0,
+        description="Share of the contrasts of a sample with its own view (V2V, T2T) in the base "
+        "loss; the paper's is 0.5, four equal parts with V2T and T2V.",
+    )
+    separation: SeparationTerm = SeparationTerm()
+    bridge: BridgeTerm = BridgeTerm()
+    consistency: ConsistencyTerm = ConsistencyTerm()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is any term beside the contrast of the two modalities."""
+        return self.needs_views or self.consistency.weight > 0
+
+    @property
+    def needs_views(self) -> bool:
+        """Whether an augmented view of each row is made."""
+        return bool(
+            self.in_modal
+            or self.separation.weight
+            or self.bridge.weight
+            or (self.consistency.weight and self.consistency.views)
+        )
+
+
 class OptimConfig(Section):
     """AdamW with a warm-up and a schedule counted in samples."""
 
@@ -349,6 +456,11 @@ class EvaluateConfig(Section):
     )
     batch: PositiveInt = Field(default=128, description="Rows per worker in one forward.")
     retrieval: bool = True
+    embedding: Literal["shared", "independent", "both"] = Field(
+        default="shared",
+        description="What an embedding is downstream: the contrasted features, the independent "
+        "ones of structure.separation, or both side by side.",
+    )
     zero_shot: tuple[ZeroShotTask, ...] = ()
 
 
@@ -430,6 +542,7 @@ class Config(Section):
     data: DataConfig
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
+    structure: StructureConfig = StructureConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     train: TrainConfig

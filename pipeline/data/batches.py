@@ -32,7 +32,8 @@ T = TypeVar("T")
 class Batch:
     """Rows of one worker. The first `rows` entries are real; an eval batch may be padded.
 
-    images [b, size, size, 3] uint8; tokens [b, length] int32; keys [b] int64, the rows' numbers in
+    images [b, size, size, 3] uint8; tokens [b, length] int32; `view_images` and `view_tokens` are
+    the rows' second view, alike, if the recipe has one; keys [b] int64, the rows' numbers in
     the catalog (shards in path order), whatever the epoch. `used` holds the positions of each
     epoch that this batch settles: its rows, and the bad rows met on the way. `cut` counts captions
     cut to the length, `cleaned` rows whose captions were not clean.
@@ -48,6 +49,8 @@ class Batch:
     cleaned: int
     labels: dict[str, list[str]]
     more_tokens: list[NDArray[np.int32]]
+    view_images: torch.Tensor | None = None
+    view_tokens: torch.Tensor | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -146,11 +149,15 @@ class _Filling:
     """A batch under construction; owns fresh arrays, since blocks are read-only shared memory."""
 
     def __init__(self, recipe: Recipe, size: int, first_keys: list[NDArray[np.int64]]):
-        side = recipe.image_size
         self._first_keys = first_keys  # of each shard's row groups
         self.keys = np.full(size, -1, dtype=np.int64)
+        side, length = recipe.image_size, recipe.context_length
+        pad = recipe.tokenizer.pad
         self.images = np.empty((size, side, side, 3), dtype=np.uint8)
-        self.tokens = np.full((size, recipe.context_length), recipe.tokenizer.pad, dtype=np.int32)
+        self.tokens = np.full((size, length), pad, dtype=np.int32)
+        self.view: tuple[NDArray[np.uint8], NDArray[np.int32]] | None = None
+        if recipe.second_view:
+            self.view = np.empty_like(self.images), np.full_like(self.tokens, pad)
         self.rows = 0
         self.cut = 0
         self.cleaned = 0
@@ -168,10 +175,11 @@ class _Filling:
         end = len(reasons) if len(good) < free else start + int(good[free - 1]) + 1
         chosen = start + good[:free]
         slot = slice(self.rows, self.rows + len(chosen))
-        # Mostly all rows are good: a slice is copied once, a choice twice.
-        images = block["image"][start:end]
-        self.images[slot] = images if len(chosen) == len(images) else images[chosen - start]
+        self.images[slot] = _rows_of(block["image"], start, end, chosen)
         self.tokens[slot] = block["tokens"][chosen]
+        if self.view is not None:
+            self.view[0][slot] = _rows_of(block["view_image"], start, end, chosen)
+            self.view[1][slot] = block["view_tokens"][chosen]
         self.keys[slot] = [
             self._first_keys[shard][group] + ordinal
             for shard, group, ordinal in zip(
@@ -214,7 +222,17 @@ class _Filling:
             cleaned=self.cleaned,
             labels=self.labels,
             more_tokens=self.more_tokens,
+            view_images=None if self.view is None else torch.from_numpy(self.view[0]),
+            view_tokens=None if self.view is None else torch.from_numpy(self.view[1]),
         )
+
+
+def _rows_of(
+    images: NDArray[np.uint8], start: int, end: int, chosen: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """The chosen of the rows start .. end - 1. Mostly all: a slice is copied once, not twice."""
+    part = images[start:end]
+    return part if len(chosen) == len(part) else part[chosen - start]
 
 
 def _first_keys(catalog: Catalog) -> list[NDArray[np.int64]]:

@@ -30,25 +30,39 @@ CONCURRENT_READS = 8  # of a window's row groups: remote storage answers late, b
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """How a training row is varied; `augment_text` is a probability."""
+
+    crop_scale: tuple[float, float]
+    flip: float
+    augment_image: Literal["none", "rand_augment"] = "none"
+    augment_text: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """How a row becomes arrays. `train`: random crop and drawn caption; else eval geometry.
 
-    Only training augments; `augment_text` is a probability, `synonyms` the path of its file.
+    Only training varies rows (`view`), and makes a `second_view` of the same image and caption if
+    there is one; `synonyms` is the path of the file for text augmentation.
     """
 
     tokenizer: Tokenizer
     context_length: int
     image_size: int
-    crop_scale: tuple[float, float]
-    flip: float
+    view: View
     background: tuple[int, int, int]
     seed: int
     train: bool
     labels: tuple[str, ...] = ()
     clean_captions: bool = False
-    augment_image: Literal["none", "rand_augment"] = "none"
-    augment_text: float = 0.0
+    second_view: View | None = None
     synonyms: str | None = None
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The views of a row, of which evaluation has one and does not vary it."""
+        return (self.view, self.second_view) if self.second_view else (self.view,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +181,11 @@ class Decode:
             name: table.column(name).to_numpy()
             for name in ("epoch", "turn", "position", "shard", "row_group", "row", "ordinal")
         }
-        images = np.empty((rows, recipe.image_size, recipe.image_size, 3), dtype=np.uint8)
+        size = recipe.image_size
+        images = [np.empty((rows, size, size, 3), dtype=np.uint8) for _ in recipe.views]
         reasons = np.full(rows, GOOD, dtype=np.int8)
         cleaned = np.zeros(rows, dtype=np.bool_)
-        texts: list[str] = []
+        texts: list[list[str]] = [[] for _ in recipe.views]
         more: list[list[str]] = []
         captions_of = table.column("caption").to_pylist()
         absences = table.column("absence").to_pylist()
@@ -178,38 +193,47 @@ class Decode:
         names = ("turn", "shard", "row_group", "row")
         places = zip(*(identity[name].tolist() for name in names), strict=True)
         for row, place in enumerate(places):
-            rng = np.random.default_rng([recipe.seed, *place])
+            # One generator a view: the first is the same with a second view or without.
+            rngs = [
+                np.random.default_rng([recipe.seed, *place, *([index] if index else [])])
+                for index in range(len(recipe.views))
+            ]
             captions = as_captions(captions_of[row])
             if recipe.clean_captions:
                 found, captions = captions, clean_captions(captions)
                 cleaned[row] = captions != found
-            image = self._draw(encoded.images[row], rng)
+            image = self._draw(encoded.images[row], rngs[0])
             reason: str | None = absences[row] or (None if captions else "empty_caption")
+            pixels: list[image_module.Pixels] = []
             if reason is None:
                 try:
-                    images[row] = self._pixels(image, rng)
+                    pixels = self._pixels(image, rngs)
                 except image_module.BadImage as error:
                     reason = error.reason
             if reason is not None:
                 reasons[row] = REASONS.index(reason)
-                images[row] = 0
             captions = captions or [""]
-            drawn = int(rng.integers(len(captions))) if recipe.train else 0
-            text = captions[drawn]
-            if recipe.train and reason is None:
-                # Drawn last: crops and captions are the same with augmentation or without.
-                text = self._augment(images[row], text, rng)
-            texts.append(text)
+            drawn = int(rngs[0].integers(len(captions))) if recipe.train else 0
+            for index, view in enumerate(recipe.views):
+                images[index][row] = pixels[index] if pixels else 0
+                text = captions[drawn]
+                if recipe.train and reason is None:
+                    # Drawn last: crops and captions are the same with augmentation or without.
+                    text = self._augment(images[index][row], text, view, rngs[index])
+                texts[index].append(text)
             more.append(captions[1:])
-        tokens, cut = recipe.tokenizer.encode(texts, recipe.context_length)
+        tokens, cut = recipe.tokenizer.encode(texts[0], recipe.context_length)
         columns = {
             **identity,
-            "image": images,
+            "image": images[0],
             "tokens": tokens,
             "cut": cut,
             "cleaned": cleaned,
             "reason": reasons,
         }
+        if recipe.second_view:
+            columns["view_image"] = images[1]
+            columns["view_tokens"], _ = recipe.tokenizer.encode(texts[1], recipe.context_length)
         if not recipe.train:
             columns["more_tokens"] = self._encode_more(more)
             for label in recipe.labels:
@@ -228,20 +252,27 @@ class Decode:
         # Bytes: the JPEG decoder refuses views of Arrow's memory, and Pillow would take over.
         return bytes(there[int(rng.integers(len(there))) if is_drawn else 0])
 
-    def _pixels(self, data: bytes | None, rng: np.random.Generator) -> image_module.Pixels:
+    def _pixels(
+        self, data: bytes | None, rngs: Sequence[np.random.Generator]
+    ) -> list[image_module.Pixels]:
+        """The picture of each view."""
         recipe = self._recipe
         if not recipe.train:
-            return image_module.decode_eval(data, recipe.background, recipe.image_size)
-        return image_module.decode_train(
-            data, recipe.background, recipe.image_size, recipe.crop_scale, recipe.flip, rng
-        )
+            return [image_module.decode_eval(data, recipe.background, recipe.image_size)]
+        crops = [
+            image_module.RandomCrop(view.crop_scale, view.flip, rng)
+            for view, rng in zip(recipe.views, rngs, strict=True)
+        ]
+        return image_module.decode_train(data, recipe.background, recipe.image_size, crops)
 
-    def _augment(self, pixels: image_module.Pixels, text: str, rng: np.random.Generator) -> str:
+    def _augment(
+        self, pixels: image_module.Pixels, text: str, view: View, rng: np.random.Generator
+    ) -> str:
         """Change `pixels` in place; give the text, changed or not."""
         recipe = self._recipe
-        if recipe.augment_image == "rand_augment":
+        if view.augment_image == "rand_augment":
             pixels[:] = augment_image(pixels, recipe.background, rng)
-        if recipe.augment_text and rng.random() < recipe.augment_text:
+        if view.augment_text and rng.random() < view.augment_text:
             synonyms = read_synonyms(recipe.synonyms) if recipe.synonyms else {}
             return augment_text(text, synonyms, rng)
         return text

@@ -10,7 +10,8 @@ import io
 import math
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import cv2
@@ -52,6 +53,17 @@ class Crop(NamedTuple):
     width: int
 
 
+class RandomCrop(NamedTuple):
+    """A random resized crop (area share in `scale`, ratio 3/4 to 4/3), then a flip by chance.
+
+    The crop follows from the generator and the picture's sides alone.
+    """
+
+    scale: tuple[float, float]
+    flip: float
+    rng: np.random.Generator
+
+
 class _JpegHeader(NamedTuple):
     """The sides as they are stored, and the EXIF orientation that says how to turn them."""
 
@@ -77,25 +89,23 @@ def decode_train(
     data: bytes | None,
     background: tuple[int, int, int],
     size: int,
-    scale: tuple[float, float],
-    flip: float,
-    rng: np.random.Generator,
-) -> Pixels:
-    """Random resized crop (area share in `scale`, ratio 3/4 to 4/3), then a flip; [size, size, 3].
+    crops: Sequence[RandomCrop],
+) -> list[Pixels]:
+    """Each crop of one picture, [size, size, 3]; the file is decoded once. Raises as `decode`."""
 
-    The crop follows from the generator and the picture's sides alone. Raises as `decode` does.
-    """
+    def choose(crop: RandomCrop, height: int, width: int) -> Crop:
+        return _on_grid(_sample_crop(height, width, crop.scale, crop.rng), size)
 
-    def choose(height: int, width: int) -> Crop:
-        return _on_grid(_sample_crop(height, width, scale, rng), size)
-
-    pixels = _decode_crop(data, background, size, choose)
-    return _turn(pixels, MIRRORED) if flip and rng.random() < flip else pixels
+    views = _decode_crops(data, background, size, [partial(choose, crop) for crop in crops])
+    return [
+        _turn(pixels, MIRRORED) if crop.flip and crop.rng.random() < crop.flip else pixels
+        for crop, pixels in zip(crops, views, strict=True)
+    ]
 
 
 def decode_eval(data: bytes | None, background: tuple[int, int, int], size: int) -> Pixels:
     """Centre square at `size`, the picture that `eval_geometry` gives; raises as `decode` does."""
-    return _decode_crop(data, background, size, _centre_crop)
+    return _decode_crops(data, background, size, [_centre_crop])[0]
 
 
 def eval_geometry(pixels: Pixels, size: int) -> Pixels:
@@ -106,24 +116,26 @@ def eval_geometry(pixels: Pixels, size: int) -> Pixels:
     return _resize(_cut(pixels, _centre_crop(*pixels.shape[:2]), 1), size)
 
 
-def _decode_crop(
+def _decode_crops(
     data: bytes | None,
     background: tuple[int, int, int],
     size: int,
-    choose: Callable[[int, int], Crop],
-) -> Pixels:
-    """The crop chosen from the upright picture's (height, width), at `size`."""
+    choices: Sequence[Callable[[int, int], Crop]],
+) -> list[Pixels]:
+    """The crops chosen from the upright picture's (height, width), each at `size`."""
     if not data:
         raise BadImage("null_image")
     header = _read_jpeg_header(data)
     if header is None:
-        pixels = _decode_any(data, background)
-        return _resize(_cut(pixels, choose(*pixels.shape[:2]), 1), size)
-    is_turned = header.orientation in TRANSPOSED
-    sides = (header.width, header.height) if is_turned else (header.height, header.width)
-    crop = choose(*sides)
-    factor = _factor(header, crop, size)
-    return _resize(_cut(_decode_jpeg(data, header, factor), crop, factor), size)
+        pixels, factor = _decode_any(data, background), 1
+        crops = [choose(*pixels.shape[:2]) for choose in choices]
+    else:
+        is_turned = header.orientation in TRANSPOSED
+        sides = (header.width, header.height) if is_turned else (header.height, header.width)
+        crops = [choose(*sides) for choose in choices]
+        factor = min(_factor(header, crop, size) for crop in crops)
+        pixels = _decode_jpeg(data, header, factor)
+    return [_resize(_cut(pixels, crop, factor), size) for crop in crops]
 
 
 # ---- geometry ------------------------------------------------------------------------------------

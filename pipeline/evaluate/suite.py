@@ -7,7 +7,7 @@ import torch
 
 from pipeline.config.schema import Config, EvaluateConfig
 from pipeline.data.batches import eval_batches
-from pipeline.data.decode import Recipe
+from pipeline.data.decode import Recipe, View
 from pipeline.data.layout import Catalog
 from pipeline.data.text import Tokenizer
 from pipeline.evaluate.embed import Forward, embed_rows
@@ -32,18 +32,30 @@ class Suite:
 def make_recipe(config: Config, tokenizer: Tokenizer, *, train: bool) -> Recipe:
     """Give the data recipe of a config, for training or evaluation."""
     data = config.data
+    second_view = None
+    if train and config.structure.needs_views:
+        second = data.second_view
+        second_view = View(
+            crop_scale=second.crop_scale,
+            flip=second.flip,
+            augment_image=second.augment_image,
+            augment_text=second.augment_text,
+        )
     return Recipe(
         tokenizer=tokenizer,
         context_length=config.model.text.context_length,
         image_size=config.model.image.size,
-        crop_scale=data.crop_scale,
-        flip=data.flip,
+        view=View(
+            crop_scale=data.crop_scale,
+            flip=data.flip,
+            augment_image=data.augment_image,
+            augment_text=data.augment_text,
+        ),
+        second_view=second_view,
         background=data.background,
         seed=config.train.seed,
         train=train,
         clean_captions=data.clean_captions,
-        augment_image=data.augment_image,
-        augment_text=data.augment_text,
         synonyms=data.synonyms,
         labels=() if train else tuple(task.column for task in config.evaluate.zero_shot),
     )

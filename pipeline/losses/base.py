@@ -23,7 +23,23 @@ class LossValue:
     diagnose: Callable[[], dict[str, Tensor]] = field(default=dict)
 
 
-class Loss(Protocol):
+class Stateful(Protocol):
+    """What has running state on each worker, measured there."""
+
+    def share(self, gather: Gather) -> None:
+        """Tell the other workers what they will need; all call it at the same step."""
+        ...
+
+    def state_dict(self) -> State:
+        """This worker's part of the running state."""
+        ...
+
+    def load_state_dict(self, states: Sequence[State], rank: int, world_size: int) -> None:
+        """Read the parts of all workers of the time, whose number may differ from `world_size`."""
+        ...
+
+
+class Loss(Stateful, Protocol):
     """A loss of this worker's pairs; the mean over workers is what training minimises."""
 
     def __call__(
@@ -41,16 +57,4 @@ class Loss(Protocol):
         `image_log_z`, `text_log_z` are a trained prior's predictions, `logit_bias` is added to
         sigmoid logits, `keys` are the rows' identities; a loss ignores what it has no use for.
         """
-        ...
-
-    def share(self, gather: Gather) -> None:
-        """Tell the other workers what they will need; all call it at the same step."""
-        ...
-
-    def state_dict(self) -> State:
-        """This worker's part of the running state."""
-        ...
-
-    def load_state_dict(self, states: Sequence[State], rank: int, world_size: int) -> None:
-        """Read the parts of all workers of the time, whose number may differ from `world_size`."""
         ...

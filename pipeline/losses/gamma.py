@@ -27,6 +27,7 @@ from functools import partial
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -42,7 +43,7 @@ from pipeline.losses.pairs import (
     weigh_foreign,
 )
 from pipeline.losses.priors import Observation, Prior
-from pipeline.losses.tiles import LEAST, TiledPairs
+from pipeline.losses.tiles import TiledPairs, local_pairs
 
 PRIOR_GRADIENT_SCALE = 1e-3
 SIDES = ("image", "text")
@@ -119,9 +120,10 @@ class GammaLoss:
     `prior` predicts from local state; without one, predictions may be given with the call.
     `scale_rule` says which gradient the logit scale gets (`rho`: see `_scale_gradient`). An
     anchor's total weight of negatives is capped at `max_weight`. With `reach` a worker also meets
-    partners' pairs. `precision` is that of the products of a large batch on a GPU (of embeddings,
-    and of weights with embeddings); logits and sums are fp32 at least. The evidence of the prior is
-    running state of this worker: see `state_dict`.
+    partners' pairs. With `one_sided` the first argument's embeddings alone are anchors, and the
+    second's are what they are contrasted with. `precision` is that of the products of a large
+    batch on a GPU (of embeddings, and of weights with embeddings); logits and sums are fp32 at
+    least. The evidence of the prior is running state of this worker: see `state_dict`.
     """
 
     virtual_batch: int
@@ -131,11 +133,16 @@ class GammaLoss:
     rho: float = 0.0
     max_weight: float = math.inf
     reach: Reach | None = None
+    one_sided: bool = False
     block: int = BLOCK_ROWS
     precision: torch.dtype = torch.float32
     image_evidence: Evidence = field(default_factory=Evidence)
     text_evidence: Evidence = field(default_factory=Evidence)
     meetings: int = 0
+
+    def __post_init__(self) -> None:
+        if self.one_sided and (self.prior is not None or self.reach is not None):
+            raise ValueError("one_sided: priors and partners know two sides of anchors")
 
     def __call__(
         self,
@@ -196,7 +203,7 @@ class GammaLoss:
                     belief = torch.stack([found[0], found[1]])
             # The batch's own noise is measured between two halves of the negatives.
             parts = 1 if belief is None else 2
-            local = self._local(features, scale)
+            local = local_pairs(features.image, features.text, scale, self.block, self.precision)
             sums = local.sums(parts)
             met = [torch.stack([partner.text, partner.image]) for partner in partners()]
             for others in met:
@@ -238,12 +245,6 @@ class GammaLoss:
         diagnose = partial(_diagnose, anchors, tilt, opened.features, opened.scale)
         return LossValue(loss=loss, metrics=metrics | anchors.metrics, diagnose=diagnose)
 
-    def _local(self, features: Features, scale: Tensor) -> LocalPairs | TiledPairs:
-        image, text = features.image, features.text
-        if image.device.type == "cuda" and len(image) >= LEAST:
-            return TiledPairs(image, text, scale, self.precision)
-        return LocalPairs(image, text, scale, self.block)
-
     def _conclude(self, positive: Tensor, sums: Sums, log_z: Tensor | None) -> "_Anchors":
         num_negatives = sums.total
         num_virtual = max(self.virtual_batch - 1, num_negatives, 1)
@@ -283,14 +284,15 @@ class GammaLoss:
         if self.u == "sampled":
             # u_i = e_i / R_i with e_i ~ Exp(1) is a draw from Gamma(1, R_i).
             log_u = log_u + torch.empty_like(log_u).exponential_().log()
+        sides = 1 if self.one_sided else 2
         return _Anchors(
             num_negatives=num_negatives,
             num_virtual=num_virtual,
             positive=positive,
-            log_mean=log_mean,
-            log_negatives=negatives,
-            log_rate=log_rate,
-            log_u=log_u,
+            log_mean=log_mean[:sides],
+            log_negatives=negatives[:sides],
+            log_rate=log_rate[:sides],
+            log_u=log_u[:sides],
             metrics=metrics,
         )
 
@@ -309,6 +311,7 @@ class GammaLoss:
             by_image += more[0]
             by_text += more[1]
             cosines += more_cosines
+        cosines = cosines[: len(pull)]
         tilt = anchors.tilt(cosines)
         by_scale = self._scale_gradient(anchors, cosines, pull, tilt, scale)
         factor = scale / pull.numel()
@@ -360,7 +363,9 @@ class GammaLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class _Anchors:
-    """Normalisers of image anchors and text anchors; all detached, [2, b] but `positive` [b].
+    """Normalisers of image and text anchors; all detached, `positive` [b], the others [2, b].
+
+    Of a loss with one side of anchors they are [1, b], but for `log_weight`.
 
     log_rate is log R; log_mean the log-mean-exp over negatives at hand, log_negatives the same
     mixed with the prior; log_u is log of the auxiliary variable.
@@ -382,8 +387,9 @@ class _Anchors:
 
     @property
     def log_weight(self) -> Tensor:
-        """log u_i - log n: added to s_ij it gives the log weight of a negative."""
-        return self.log_u - math.log(max(self.num_negatives, 1))
+        """log u_i - log n, [2, b]: added to s_ij it gives the log weight of a negative."""
+        weight = self.log_u - math.log(max(self.num_negatives, 1))
+        return weight if len(weight) == 2 else F.pad(weight, (0, 0, 0, 1), value=-math.inf)
 
     @property
     def pull(self) -> Tensor:
@@ -396,7 +402,7 @@ class _Anchors:
 
 
 def _by_side(name: str, values: Tensor) -> dict[str, Tensor]:
-    return {f"{name}_{side}": value for side, value in zip(SIDES, values, strict=True)}
+    return {f"{name}_{side}": value for side, value in zip(SIDES, values, strict=False)}
 
 
 @torch.no_grad()
@@ -408,6 +414,7 @@ def _diagnose(
     divergence = scale * tilt - anchors.log_mean
     effective = anchors.num_negatives * (-divergence).exp().mean(1)
     both = features.stacked
-    ratio = variance_ratio(both, both.flip(0), scale, anchors.log_rate)
+    sides = len(anchors.log_rate)
+    ratio = variance_ratio(both[:sides], both.flip(0)[:sides], scale, anchors.log_rate)
     found = _by_side("effective_negatives", effective)
     return found if ratio is None else found | _by_side("variance_ratio", ratio)

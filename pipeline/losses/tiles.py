@@ -20,11 +20,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.losses.pairs import Sums, count_negatives
+from pipeline.losses.pairs import LocalPairs, Sums, count_negatives
 
 LOG = logging.getLogger(__name__)
 TILE = 8192
 LEAST = 4096  # pairs for which to compile pays; fewer take a millisecond either way
+
+
+def local_pairs(
+    x: Float[Tensor, "b dim"],
+    y: Float[Tensor, "b dim"],
+    scale: Float[Tensor, ""],
+    block: int,
+    dtype: torch.dtype,
+) -> "LocalPairs | TiledPairs":
+    """All pairs of x and y, in the form that suits their number and device."""
+    if x.device.type == "cuda" and len(x) >= LEAST:
+        return TiledPairs(x, y, scale, dtype)
+    return LocalPairs(x, y, scale, block)
 
 
 class TiledPairs:

@@ -1,12 +1,13 @@
 """The two-tower model: transformers' CLIP towers of any size, and one forward.
 
-Enters: uint8 images, token ids. Leaves: unit-norm fp32 embeddings and the logit scale.
+Enters: uint8 images, token ids. Leaves: unit-norm fp32 embeddings and the logit scale; where asked
+for, independent features by a second projection of the same pooled features.
 Must not know: the loss, the data, DeepSpeed.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +21,36 @@ from pipeline.errors import UserError
 MAX_LOGIT_SCALE = 100.0
 
 
+class Embeddings(NamedTuple):
+    """Unit-norm fp32 rows; what was not asked for, or has no input, is None."""
+
+    image: Float[Tensor, "batch dim"] | None
+    text: Float[Tensor, "batch dim"] | None
+    logit_scale: Float[Tensor, ""]
+    image_independent: Float[Tensor, "batch dim"] | None
+    text_independent: Float[Tensor, "batch dim"] | None
+
+
 class TwoTower(nn.Module):
     """CLIP's towers and projections, under the parameter names of transformers' CLIPModel.
 
-    Images are normalised here, on the device; they travel as uint8.
+    Images are normalised here, on the device; they travel as uint8. With `independent` each tower
+    has a second projection beside the first, for features that are not contrasted with the other
+    modality ("Understanding and constructing latent modality structures in multi-modal
+    representation learning", CVPR 2023, section 3.2).
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, clip: CLIPModel, mean: Sequence[float], std: Sequence[float]):
+    def __init__(
+        self,
+        clip: CLIPModel,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        independent: bool = False,
+    ):
         super().__init__()
         self.vision_model = clip.vision_model
         self.text_model = clip.text_model
@@ -41,34 +62,55 @@ class TwoTower(nn.Module):
         self.register_buffer("std", torch.tensor(std) * 255, persistent=False)
         self.embed_dim: int = clip.visual_projection.out_features
         self.clip_config: CLIPConfig = clip.config
+        self.independent_visual_projection: nn.Linear | None = None
+        self.independent_text_projection: nn.Linear | None = None
+        if independent:
+            self.independent_visual_projection = _like(clip.visual_projection)
+            self.independent_text_projection = _like(clip.text_projection)
 
     def forward(
         self,
         images: UInt8[Tensor, "batch height width 3"] | None,
         tokens: Int[Tensor, "batch length"] | None,
-    ) -> tuple[
-        Float[Tensor, "batch dim"] | None, Float[Tensor, "batch dim"] | None, Float[Tensor, ""]
-    ]:
-        """Give (image embeddings, text embeddings, logit scale); an absent input gives None.
+    ) -> Embeddings:
+        """Embed images, texts or both; an absent input gives None.
 
         One entry point on purpose: under ZeRO-3 a submodule called directly finds its parameters
         still partitioned. The scale is clamped to [1, 100] and computed in fp32.
         """
         log_scale = self.logit_scale.float().clamp(0.0, math.log(MAX_LOGIT_SCALE))
-        image_embeddings = None if images is None else self._embed_images(images)
-        text_embeddings = None if tokens is None else self._embed_texts(tokens)
-        return image_embeddings, text_embeddings, log_scale.exp().squeeze(0)
+        image = text = image_independent = text_independent = None
+        if images is not None:
+            pooled = self._pool_images(images)
+            image = _project(self.visual_projection, pooled)
+            image_independent = _project(self.independent_visual_projection, pooled)
+        if tokens is not None:
+            pooled = self._pool_texts(tokens)
+            text = _project(self.text_projection, pooled)
+            text_independent = _project(self.independent_text_projection, pooled)
+        return Embeddings(
+            image, text, log_scale.exp().squeeze(0), image_independent, text_independent
+        )
 
-    def _embed_images(self, images: Tensor) -> Tensor:
+    def _pool_images(self, images: Tensor) -> Tensor:
         pixels = (images.float() - self.mean.float()) / self.std.float()
         pixels = pixels.permute(0, 3, 1, 2).to(self.visual_projection.weight.dtype)
-        pooled = self.vision_model(pixel_values=pixels).pooler_output
-        return F.normalize(self.visual_projection(pooled).float(), dim=-1)
+        return self.vision_model(pixel_values=pixels).pooler_output
 
-    def _embed_texts(self, tokens: Tensor) -> Tensor:
+    def _pool_texts(self, tokens: Tensor) -> Tensor:
         # No attention mask: the text tower is causal and pools at the end token, before padding.
-        pooled = self.text_model(input_ids=tokens.long()).pooler_output
-        return F.normalize(self.text_projection(pooled).float(), dim=-1)
+        return self.text_model(input_ids=tokens.long()).pooler_output
+
+
+def _project(projection: nn.Linear | None, pooled: Tensor) -> Tensor | None:
+    return None if projection is None else F.normalize(projection(pooled).float(), dim=-1)
+
+
+def _like(projection: nn.Linear) -> nn.Linear:
+    """Another projection of the same sizes, drawn as transformers draws CLIP's."""
+    another = nn.Linear(projection.in_features, projection.out_features, bias=False)
+    nn.init.normal_(another.weight, std=projection.in_features**-0.5)
+    return another
 
 
 def build_two_tower(
@@ -80,11 +122,13 @@ def build_two_tower(
     pad: int,
     mean: Sequence[float],
     std: Sequence[float],
+    independent: bool = False,
 ) -> TwoTower:
     """Build the model with random weights, or load `config.pretrained`.
 
-    `start`, `end`, `pad` are the tokenizer's ids. Raises `UserError` when pretrained weights
-    cannot be loaded or do not fit the tokenizer or the configured sizes.
+    `start`, `end`, `pad` are the tokenizer's ids; `independent` as of `TwoTower`. Raises
+    `UserError` when pretrained weights cannot be loaded or do not fit the tokenizer or the
+    configured sizes.
     """
     if config.pretrained is None:
         if end == 2:
@@ -96,7 +140,7 @@ def build_two_tower(
     else:
         clip = _load_pretrained(config.pretrained)
         _check_pretrained(clip.config, config, vocab_size)
-    model = TwoTower(clip, mean, std)
+    model = TwoTower(clip, mean, std, independent=independent)
     if config.gradient_checkpointing:
         for tower in (model.vision_model, model.text_model):
             tower.gradient_checkpointing_enable({"use_reentrant": False})

@@ -2,7 +2,7 @@
 
 state/            DeepSpeed's shards: weights, optimiser state
 part-R.json       rank R: rows used since the run began, counts, undelivered metrics
-loss-R.pt         rank R: the loss's running state
+loss-R.pt         rank R: the running state of the objective's parts
 meta.json         progress, world size, ZeRO stage, config, plan, tokenizer, versions
 """
 
@@ -20,7 +20,7 @@ from pipeline.data.order import Cursor
 from pipeline.data.text import Tokenizer
 from pipeline.engine.zero import Engine
 from pipeline.errors import RunStop
-from pipeline.losses.base import Loss
+from pipeline.losses.base import Stateful
 from pipeline.tracking.tracker import Point
 from pipeline.train.loop import Progress
 from pipeline.train.store import META
@@ -42,7 +42,7 @@ class State:
 def save_checkpoint(
     folder: Path,
     engine: Engine,
-    loss: Loss,
+    objective: Stateful,
     state: State,
     *,
     rank: int,
@@ -65,7 +65,7 @@ def save_checkpoint(
         },
     }
     (folder / f"part-{rank:05d}.json").write_text(json.dumps(part))
-    torch.save(loss.state_dict(), folder / f"loss-{rank:05d}.pt")
+    torch.save(objective.state_dict(), folder / f"loss-{rank:05d}.pt")
     if rank == 0:
         meta = {
             "progress": asdict(state.progress),
@@ -86,9 +86,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    folder: Path, engine: Engine, loss: Loss, *, rank: int, world_size: int
+    folder: Path, engine: Engine, objective: Stateful, *, rank: int, world_size: int
 ) -> State:
-    """Restore engine and loss in place and give the rest; the cursor is that of all ranks.
+    """Restore engine and objective in place and give the rest; the cursor is that of all ranks.
 
     Counts of all ranks go to rank 0, so that their sum over ranks stays right. The workers that
     saved may have been of another number. Raises `RunStop` when the parameters lie in another
@@ -106,7 +106,7 @@ def load_checkpoint(
     savers = range(meta["world_size"])
     parts = [json.loads((folder / f"part-{saver:05d}.json").read_text()) for saver in savers]
     states = [torch.load(folder / f"loss-{saver:05d}.pt", weights_only=True) for saver in savers]
-    loss.load_state_dict(states, rank, world_size)
+    objective.load_state_dict(states, rank, world_size)
     cursor = Cursor.from_json(parts[0]["cursor"])
     tally = Tally()
     for part in parts:

@@ -1,7 +1,7 @@
 """One optimiser step: micro batches in, one update out."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.data.batches import Batch
 from pipeline.engine.zero import Engine
-from pipeline.losses.base import Loss
+from pipeline.train.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,12 +28,19 @@ class StepResult:
 
 
 def train_step(
-    engine: Engine, loss: Loss, batches: Iterator[Batch], accumulation: int, lr_factor: float
+    engine: Engine,
+    objective: Objective,
+    batches: Iterator[Batch],
+    *,
+    accumulation: int,
+    lr_factor: float,
+    samples: int,
 ) -> StepResult:
     """Run `accumulation` micro batches forward and backward, and update the weights once.
 
-    Each micro batch has its own complete loss, so accumulation needs no second pass. When the loss
-    is not finite on any rank, all ranks leave that micro batch out of the gradient.
+    `samples` have been seen before the step. Each micro batch has its own complete loss, so
+    accumulation needs no second pass. When the loss is not finite on any rank, all ranks leave that
+    micro batch out of the gradient.
     """
     used: list[Batch] = []
     metrics: list[dict[str, Tensor]] = []
@@ -44,14 +51,16 @@ def train_step(
         batch = next(batches)
         waited += time.perf_counter() - started
         used.append(batch)
-        images = batch.images.to(engine.device, non_blocking=True)
-        tokens = batch.tokens.to(engine.device, non_blocking=True)
-        value = loss(*engine(images, tokens), keys=batch.keys)
+        inputs = [
+            None if each is None else each.to(engine.device, non_blocking=True)
+            for each in (batch.images, batch.tokens, batch.view_images, batch.view_tokens)
+        ]
+        value = objective(engine(*inputs), batch.keys, samples)
         if engine.any(not bool(value.loss.isfinite())):
             is_finite = False
             if accumulation == 1:
                 break
-            _backward_nothing(engine, images, tokens)
+            _backward_nothing(engine, inputs)
         else:
             metrics.append(value.metrics)
             diagnose = value.diagnose
@@ -69,13 +78,22 @@ def train_step(
     )
 
 
-def _backward_nothing(engine: Engine, images: Tensor, tokens: Tensor) -> None:
+def _backward_nothing(engine: Engine, inputs: Sequence[Tensor | None]) -> None:
     """A backward that adds zero, in place of a micro batch whose loss is not finite.
 
     The accumulated gradient of the step's other micro batches stays; every rank still takes part
     in the collectives of this backward.
     """
-    outputs = engine(torch.zeros_like(images), tokens[:1].expand_as(tokens))
+    # Black pictures, and of the tokens the first row again and again: ids must be some that exist.
+    blank = [
+        None
+        if each is None
+        else torch.zeros_like(each)
+        if each.dtype == torch.uint8
+        else each[:1].expand_as(each)
+        for each in inputs
+    ]
+    outputs = engine(*blank)
     sums = torch.stack([part.sum() for part in outputs if part is not None])
     engine.backward(sums.sum() * 0.0)
 

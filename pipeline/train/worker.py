@@ -32,13 +32,12 @@ from pipeline.engine.schedule import lr_factor
 from pipeline.engine.zero import UNIVERSAL, Engine, gather, load_weights
 from pipeline.errors import RunStop
 from pipeline.evaluate.suite import Suite, make_recipe, run_suite
-from pipeline.losses.base import Loss
 from pipeline.tracking.meters import Meter
 from pipeline.tracking.tracker import MetricLog, RunRef
 from pipeline.train.board import Board, pass_warnings_on
 from pipeline.train.checkpoint import State, load_checkpoint, read_meta, save_checkpoint
 from pipeline.train.loop import Actions, Cadence, Left, Progress, Wish, run_loop
-from pipeline.train.objective import build_loss, build_pretraining
+from pipeline.train.objective import Objective, build_objective, build_pretraining
 from pipeline.train.publish import Sender, agreed, fetch_derived, forget_after, keep
 from pipeline.train.pulse import Pulse
 from pipeline.train.step import train_step
@@ -157,7 +156,7 @@ class _Trainer:
     """The parts of one rank and the actions the loop calls."""
 
     engine: Engine
-    loss: Loss
+    objective: Objective
 
     def __init__(self, job: Job):
         self.job = job
@@ -277,7 +276,7 @@ class _Trainer:
                 device=ray.train.torch.get_device(),
                 loads_universal=is_resized,
             )
-            self.loss = build_loss(
+            self.objective = build_objective(
                 self.config,
                 self.plan,
                 embed_dim=module.towers.embed_dim,
@@ -287,7 +286,7 @@ class _Trainer:
             if folder is None:
                 return
             self.state = load_checkpoint(
-                folder, self.engine, self.loss, rank=self.rank, world_size=self.world_size
+                folder, self.engine, self.objective, rank=self.rank, world_size=self.world_size
             )
             if self.rank == 0:
                 forget_after(self.folder, name)
@@ -301,14 +300,21 @@ class _Trainer:
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
         if progress.samples % plan.epoch_rows < plan.global_batch:
             # About where an epoch begins, at the same step on every rank.
-            self.loss.share(gather)
+            self.objective.share(gather)
         factor = lr_factor(
             progress.samples,
             warmup=plan.warmup_samples,
             total=plan.samples,
             schedule=config.optim.schedule,
         )
-        result = train_step(self.engine, self.loss, self._fed(), plan.accumulation, factor)
+        result = train_step(
+            self.engine,
+            self.objective,
+            self._fed(),
+            accumulation=plan.accumulation,
+            lr_factor=factor,
+            samples=progress.samples,
+        )
         for batch in result.batches:
             self.state.tally.add(batch)
             self.new_bad.extend(batch.bad)
@@ -412,7 +418,7 @@ class _Trainer:
         self.pulse.rest()
         failed = self.sender.settle(gather)
         self.pulse.beat(progress.step, "saving")
-        self.loss.share(gather)
+        self.objective.share(gather)
         if failed and self.rank == 0:
             LOG.warning("a checkpoint could not be kept: %s; training goes on", failed[0])
         lacking = [lack for lack in gather(self._lacking_space()) if lack is not None]
@@ -430,7 +436,7 @@ class _Trainer:
         save_checkpoint(
             folder,
             self.engine,
-            self.loss,
+            self.objective,
             self.state,
             rank=self.rank,
             world_size=self.world_size,

@@ -14,11 +14,26 @@ from pipeline.config.plan import Facts, loss_bytes, make_plan
 from pipeline.config.schema import LossKind
 from pipeline.engine.zero import Engine
 from pipeline.losses.contrastive import InfoNCEGathered
-from pipeline.losses.gamma import GammaLoss
-from pipeline.train.objective import build_loss
+from pipeline.train.objective import build_loss, build_objective
 from tests.tiny import tiny_config, tiny_module, tiny_pairs
 
 Case = tuple[int, str, int]  # ZeRO stage, loss, local batch
+LOCAL, DIM = 3, 10
+FACTS = Facts(
+    train_rows=99,
+    epoch_rows=99,
+    row_groups=1,
+    val_rows=0,
+    vocab_size=300,
+    num_parameters=1,
+    embed_dim=DIM,
+)
+EVERY_TERM = {
+    "in_modal": 0.5,
+    "separation": {"weight": 1.0},
+    "bridge": {"weight": 1.0, "t": "sampled", "text": True},
+    "consistency": {"weight": 1.0},
+}
 Record = dict[tuple[str, int], int]  # (collective, elements) -> calls
 
 
@@ -62,7 +77,11 @@ def _steps(cases: list[Case]) -> list[tuple[Record, Record]]:
 
 def _one_step(stage: int, kind: str, local_batch: int) -> tuple[Record, Record]:
     """What the loss alone calls, and what a whole step calls."""
-    config = tiny_config(engine={"zero_stage": stage}, loss={"prior": "amortized"})
+    """`kind`: gathered, gamma, or a gamma loss with every term of the structure."""
+    structure = EVERY_TERM if kind == "structure" else {}
+    config = tiny_config(
+        engine={"zero_stage": stage}, loss={"prior": "amortized"}, structure=structure
+    )
     engine = Engine(
         tiny_module(config),
         engine=config.engine,
@@ -71,12 +90,19 @@ def _one_step(stage: int, kind: str, local_batch: int) -> tuple[Record, Record]:
         accumulation=1,
         device=torch.device("cpu"),
     )
-    loss = InfoNCEGathered() if kind == "gathered" else GammaLoss(virtual_batch=64)
-    images, tokens = tiny_pairs(local_batch)
+    plan, _ = make_plan(config, FACTS)
+    objective = build_objective(
+        config, plan, embed_dim=16, rank=dist.get_rank(), world_size=dist.get_world_size()
+    )
+    if kind == "gathered":
+        objective.contrast = InfoNCEGathered()
+    inputs = list(tiny_pairs(local_batch))
+    if kind == "structure":
+        inputs += tiny_pairs(local_batch, seed=1)
     with _Recorder() as step:
-        outputs = engine(images, tokens)
+        outputs = engine(*inputs)
         with _Recorder() as of_loss:
-            value = loss(*outputs)
+            value = objective(outputs, torch.arange(local_batch), 0)
         engine.backward(value.loss)
         engine.step(1.0)
     return dict(of_loss.calls), dict(step.calls)
@@ -84,18 +110,25 @@ def _one_step(stage: int, kind: str, local_batch: int) -> tuple[Record, Record]:
 
 @pytest.fixture(scope="module")
 def two_workers() -> dict[Case, tuple[Record, Record]]:
-    cases = [(stage, "gamma", batch) for stage in (0, 1, 2, 3) for batch in (4, 16)]
+    cases = [
+        (stage, kind, batch)
+        for kind in ("gamma", "structure")
+        for stage in (0, 1, 2, 3)
+        for batch in (4, 16)
+    ]
     cases += [(1, "gathered", 4), (1, "gathered", 16)]
     return dict(zip(cases, run_ranks(_steps, 2, cases)[0], strict=True))
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["gamma", "structure"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_gamma_loss_calls_no_collective_and_the_step_ignores_the_batch(
-    two_workers: dict[Case, tuple[Record, Record]], stage: int
+    two_workers: dict[Case, tuple[Record, Record]], stage: int, kind: str
 ) -> None:
-    of_loss, step = two_workers[stage, "gamma", 4]
-    of_larger_loss, larger_step = two_workers[stage, "gamma", 16]
+    """Nor does any term of the structure."""
+    of_loss, step = two_workers[stage, kind, 4]
+    of_larger_loss, larger_step = two_workers[stage, kind, 16]
     assert of_loss == of_larger_loss == {}
     assert step == larger_step
     assert step, "the recorder must see DeepSpeed's own collectives"
@@ -118,21 +151,9 @@ def test_nothing_grows_with_the_world(two_workers: dict[Case, tuple[Record, Reco
     assert two_workers[0, "gamma", 4] == four
 
 
-LOCAL, DIM = 3, 10
-
-
 def _bytes_of_losses() -> dict[str, tuple[int, set[str]]]:
     """Bytes received in a loss and its backward, and what was called; by kind of loss."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    facts = Facts(
-        train_rows=99,
-        epoch_rows=99,
-        row_groups=1,
-        val_rows=0,
-        vocab_size=300,
-        num_parameters=1,
-        embed_dim=DIM,
-    )
     found = {}
     for kind in get_args(LossKind):
         config = tiny_config(
@@ -140,7 +161,7 @@ def _bytes_of_losses() -> dict[str, tuple[int, set[str]]]:
             train={"global_batch": LOCAL * world_size},
             cluster={"workers": world_size},
         )
-        plan, _ = make_plan(config, facts)
+        plan, _ = make_plan(config, FACTS)
         loss = build_loss(config, plan, embed_dim=DIM, rank=rank, world_size=world_size)
         image, text = torch.randn(2, LOCAL, DIM).requires_grad_()
         scale, bias = torch.tensor([9.0, -9.0]).requires_grad_()

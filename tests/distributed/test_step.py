@@ -11,6 +11,7 @@ from pipeline.data.batches import Batch
 from pipeline.engine.zero import Engine
 from pipeline.losses.base import LossValue
 from pipeline.losses.gamma import GammaLoss
+from pipeline.train.objective import Outputs
 from pipeline.train.step import train_step
 from tests.tiny import tiny_config, tiny_module, tiny_pairs
 
@@ -23,8 +24,8 @@ class _SometimesBad:
     def __init__(self, bad: tuple[bool, ...]):
         self._bad, self._at, self._loss = bad, 0, GammaLoss(virtual_batch=8)
 
-    def __call__(self, *outputs: Any, keys: torch.Tensor) -> LossValue:
-        value = self._loss(*outputs, keys=keys)
+    def __call__(self, outputs: Outputs, keys: torch.Tensor, samples: int) -> LossValue:
+        value = self._loss(*outputs.contrast, keys=keys)
         is_bad = self._bad[self._at] and dist.get_rank() == 1
         self._at += 1
         return LossValue(loss=value.loss * float("nan"), metrics={}) if is_bad else value
@@ -38,7 +39,12 @@ def _steps(cases: list[Case]) -> list[tuple[bool, bool, bool]]:
 def _step(stage: int, accumulation: int, bad: tuple[bool, ...]) -> tuple[bool, bool, bool]:
     from deepspeed.utils import safe_get_full_fp32_param
 
-    config = tiny_config(engine={"zero_stage": stage}, optim={"weight_decay": 0.0})
+    # With views and independent features: all that a forward can be given.
+    config = tiny_config(
+        engine={"zero_stage": stage},
+        optim={"weight_decay": 0.0},
+        structure={"separation": {"weight": 1.0}},
+    )
     engine = Engine(
         tiny_module(config),
         engine=config.engine,
@@ -67,9 +73,18 @@ def _step(stage: int, accumulation: int, bad: tuple[bool, ...]) -> tuple[bool, b
         cleaned=0,
         labels={},
         more_tokens=[],
+        view_images=images.flip(2),
+        view_tokens=tokens,
     )
     before = weights()
-    result = train_step(engine, _SometimesBad(bad), iter([batch] * accumulation), accumulation, 1.0)  # pyright: ignore[reportArgumentType]
+    result = train_step(
+        engine,
+        _SometimesBad(bad),  # pyright: ignore[reportArgumentType]
+        iter([batch] * accumulation),
+        accumulation=accumulation,
+        lr_factor=1.0,
+        samples=0,
+    )
     after = weights()
     return result.is_finite, bool((before != after).any()), bool(after.isfinite().all())
 
@@ -109,7 +124,7 @@ def _explode(stage: int) -> tuple[bool, bool]:
         device=torch.device("cpu"),
     )
     images, tokens = tiny_pairs(4)
-    value = GammaLoss(virtual_batch=8)(*engine(images, tokens))
+    value = GammaLoss(virtual_batch=8)(*engine(images, tokens).contrast)
     engine.backward(_ExplodingGradient.apply(value.loss))
     norm = engine.step(1.0)
     finite = all(bool(parameter.isfinite().all()) for parameter in engine.module.parameters())

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.batches import Batch, eval_batches, make_order, train_batches
-from pipeline.data.decode import Recipe
+from pipeline.data.decode import Recipe, View
 from pipeline.data.layout import mix, read_catalog
 from pipeline.data.order import Cursor, as_intervals
 from pipeline.data.text import train_tokenizer
@@ -29,8 +29,7 @@ def _recipe(train: bool = True, **changes: object) -> Recipe:
         "tokenizer": TOKENIZER,
         "context_length": 8,
         "image_size": 16,
-        "crop_scale": (0.5, 1.0),
-        "flip": 0.5,
+        "view": View(crop_scale=(0.5, 1.0), flip=0.5),
         "background": (255, 255, 255),
         "seed": 0,
         "train": train,

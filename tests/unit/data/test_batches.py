@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import simplejpeg
 from PIL import Image
 
 from pipeline.data.augment import augment_image, augment_text
 from pipeline.data.batches import Tally, _rebatch
-from pipeline.data.decode import GOOD, REASONS, Decode, Recipe, Rows
-from pipeline.data.image import decode_train
+from pipeline.data.decode import GOOD, REASONS, Decode, Recipe, Rows, View
+from pipeline.data.image import RandomCrop, decode_train
 from pipeline.data.layout import Catalog, Shard, as_captions
 from pipeline.data.text import train_tokenizer
 
@@ -54,12 +55,14 @@ def _table(turn: int = 0) -> pa.Table:
 
 
 def _recipe(**changes: Any) -> Recipe:
+    """`changes` of the recipe, or of the first view."""
+    of_view = {name: changes.pop(name) for name in ("augment_image", "augment_text")
+               if name in changes}  # fmt: skip
     values = {
         "tokenizer": TOKENIZER,
         "context_length": 24,
         "image_size": 32,
-        "crop_scale": (0.5, 1.0),
-        "flip": 0.5,
+        "view": View(crop_scale=(0.5, 1.0), flip=0.5, **of_view),
         "background": PINK,
         "seed": 11,
         "train": True,
@@ -92,7 +95,7 @@ def test_without_augmentation_a_row_draws_as_it_always_has() -> None:
     block = _decode(_table())
     for row in (0, 1, 3):
         rng = np.random.default_rng([11, 0, 0, 3, row])
-        pixels = decode_train(_picture(row), PINK, 32, (0.5, 1.0), 0.5, rng)
+        pixels = decode_train(_picture(row), PINK, 32, [RandomCrop((0.5, 1.0), 0.5, rng)])[0]
         captions = as_captions(CAPTIONS[row])
         tokens, _ = TOKENIZER.encode([captions[int(rng.integers(len(captions)))]], 24)
         assert (block["image"][row] == pixels).all()
@@ -119,7 +122,7 @@ def test_augmentation_draws_after_crop_and_caption() -> None:
     assert (plain["tokens"] != texts["tokens"]).any(axis=1)[good].mean() > 0.5
     for row in (0, 1):
         rng = np.random.default_rng([11, 0, 0, 3, row])
-        pixels = decode_train(_picture(row), PINK, 32, (0.5, 1.0), 0.5, rng)
+        pixels = decode_train(_picture(row), PINK, 32, [RandomCrop((0.5, 1.0), 0.5, rng)])[0]
         captions = as_captions(CAPTIONS[row])
         text = captions[int(rng.integers(len(captions)))]
         both = _decode(_table(), augment_image="rand_augment", augment_text=1.0)
@@ -140,6 +143,49 @@ def test_a_row_is_the_same_in_any_company_and_another_in_the_next_turn(
     later = _decode(_table(turn=1), **everything)
     assert not _same(whole, later, "image")
     assert not _same(whole, later, "tokens")
+
+
+def test_a_second_view_leaves_the_first_as_it_is(everything: dict[str, Any]) -> None:
+    """And varies crop, picture and text of the same row by draws of its own."""
+    alone = _decode(_table(), **everything)
+    view = View(crop_scale=(0.3, 0.6), flip=0.5, augment_image="rand_augment", augment_text=1.0)
+    both = _decode(_table(), **everything, second_view=view)
+    assert _same(alone, both, *alone)
+    good = both["reason"] == GOOD
+    different = (both["image"] != both["view_image"]).any(axis=(1, 2, 3))
+    assert different[good].all()
+    assert (both["tokens"] != both["view_tokens"]).any(axis=1)[good].mean() > 0.5
+    assert not both["view_image"][~good].any()
+    for row in (0, 1, 3):
+        rng = np.random.default_rng([11, 0, 0, 3, row, 1])
+        crop = RandomCrop((0.3, 0.6), 0.5, rng)
+        pixels = decode_train(_picture(row), PINK, 32, [crop])[0]
+        assert (both["view_image"][row] == augment_image(pixels, PINK, rng)).all()
+    again = _decode(_table(), **everything, second_view=view)
+    assert _same(both, again)
+
+
+def test_both_views_of_a_large_jpeg_come_from_one_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the scale that the smaller crop needs."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    data = simplejpeg.encode_jpeg(np.kron(noise, np.ones((16, 16, 1), np.uint8)))
+    factors: list[int] = []
+    real = simplejpeg.decode_jpeg
+
+    def count(*given: Any, **named: Any) -> Any:
+        factors.append(named["min_factor"])
+        return real(*given, **named)
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", count)
+    crops = [RandomCrop((share, share), 0.0, np.random.default_rng(1)) for share in (0.9, 0.05)]
+    whole, part = decode_train(data, PINK, 32, crops)
+    assert factors == [2]
+    again = RandomCrop((0.9, 0.9), 0.0, np.random.default_rng(1))
+    assert factors == [2]
+    alone = decode_train(data, PINK, 32, [again])[0]
+    assert factors[1] > 2
+    assert np.abs(whole.astype(int) - alone).mean() < 6
+    assert whole.shape == part.shape == (32, 32, 3)
 
 
 def test_captions_are_cleaned_counted_and_dropped_where_nothing_is_left() -> None:

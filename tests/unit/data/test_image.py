@@ -14,6 +14,7 @@ from pipeline.data.image import (
     RATIO,
     BadImage,
     Pixels,
+    RandomCrop,
     _sample_crop,
     decode,
     decode_eval,
@@ -177,7 +178,9 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _train(data: bytes, size: int, scale: tuple[float, float], flip: float, seed: int) -> Pixels:
-    return decode_train(data, WHITE, size, scale, flip, np.random.default_rng(seed))
+    return decode_train(data, WHITE, size, [RandomCrop(scale, flip, np.random.default_rng(seed))])[
+        0
+    ]
 
 
 def test_train_crop_follows_the_generator_alone() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from pipeline.data.image import BadImage, Pixels, decode, decode_eval, decode_train
+from pipeline.data.image import BadImage, Pixels, RandomCrop, decode, decode_eval, decode_train
 from tests.unit.data.zoo import BACKGROUND, BEASTS, UPRIGHT, Beast
 
 SIDE = 16
@@ -55,7 +55,9 @@ def test_odd_images_are_cut_and_resized(beast: Beast) -> None:
     got = decode_eval(beast.data, BACKGROUND, SIDE)
     difference = np.abs(got.astype(int) - np.asarray(reference)).mean()
     assert difference < (12 if beast.tolerance > 10 else 4)
-    crop = decode_train(beast.data, BACKGROUND, SIDE, (0.5, 1), 0.5, np.random.default_rng(0))
+    crop = decode_train(
+        beast.data, BACKGROUND, SIDE, [RandomCrop((0.5, 1), 0.5, np.random.default_rng(0))]
+    )[0]
     assert (crop.shape, crop.dtype) == ((SIDE, SIDE, 3), np.uint8)
 
 

@@ -40,7 +40,7 @@ def test_each_kind_is_built_and_takes_the_models_outputs(kind: str) -> None:
     plan, _ = make_plan(config, FACTS)
     loss = build_loss(config, plan, embed_dim=16, rank=0, world_size=1)
     assert type(loss) is CLASSES[kind]
-    value = loss(*module(*tiny_pairs(4)), keys=torch.arange(4) + 16)
+    value = loss(*module(*tiny_pairs(4)).contrast, keys=torch.arange(4) + 16)
     value.loss.backward()
     scale, bias = module.towers.logit_scale, module.logit_bias
     assert scale.grad is not None, "ZeRO reduces a gradient of every parameter"
@@ -62,7 +62,8 @@ def test_the_configs_numbers_reach_fastclip() -> None:
         loss = build_loss(config, plan, embed_dim=16, rank=0, world_size=1)
         keys = torch.arange(4)
         return [
-            loss(*module(*tiny_pairs(4, seed=step)), keys=keys).loss.item() for step in range(2)
+            loss(*module(*tiny_pairs(4, seed=step)).contrast, keys=keys).loss.item()
+            for step in range(2)
         ]
 
     scale = 1 / 0.07
@@ -79,7 +80,7 @@ def test_the_configs_evidence_reaches_gamma() -> None:
         config = tiny_config(loss={"prior": "amortized", "evidence": evidence})
         plan, _ = make_plan(config, FACTS)
         loss = build_loss(config, plan, embed_dim=16, rank=0, world_size=1)
-        metrics = loss(*tiny_module(config)(*tiny_pairs(4))).metrics
+        metrics = loss(*tiny_module(config)(*tiny_pairs(4)).contrast).metrics
         weights[evidence] = metrics["prior_batch_weight_image"].item()
     assert weights["counted"] == pytest.approx(3 / 7)
     assert weights["measured"] > 3 / 7
