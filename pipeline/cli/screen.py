@@ -63,6 +63,7 @@ class Screen:
             "controller": _ignore,
             "failed": _ignore,
             "stalled": _ignore,
+            "sample": _ignore,
             "stopped": _ignore,
         }
 

@@ -141,7 +141,9 @@ def _explain(item: Any) -> Problem:
 
 def _is_union_tag(part: Any) -> bool:
     """Pydantic names the branch of a union in the path, e.g. `constrained-int`; not a key."""
-    return isinstance(part, str) and ("[" in part or part in {"int", "constrained-int", "str"})
+    return isinstance(part, str) and (
+        "[" in part or part in {"int", "constrained-int", "constrained-float", "str"}
+    )
 
 
 def _fields_at(path: Sequence[Any]) -> list[str]:

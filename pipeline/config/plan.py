@@ -9,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.config.schema import Config, LossKind
+from pipeline.config.schema import Config, LossKind, StructureConfig
 from pipeline.errors import Problem
 
 # Comparators whose anchors meet the pairs of all workers; the other two meet their own worker's.
@@ -42,6 +42,7 @@ class Plan:
     """Derived numbers of a run. Batches in pairs, memory and traffic in bytes per worker.
 
     `virtual_batch` is what the gamma loss targets; of a comparator, what it contrasts at once.
+    `structure` names the terms beside the contrast, with weights; `views` of each row are embedded.
     """
 
     workers: int
@@ -67,6 +68,8 @@ class Plan:
     loss_bytes_per_step: int
     all_gather_bytes_per_step: int
     checkpoint_bytes: int
+    views: int
+    structure: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -91,6 +94,7 @@ class Plan:
             self._order(),
             f"Batch: {self.global_batch:,} pairs a step on {self.workers} worker(s), "
             f"{self.local_batch:,} each {accumulate}; {contrast}.",
+            *self._structure(),
             f"Length: {self.steps:,} steps, {self.samples:,} samples, {epochs:.2f} epochs; "
             f"warm-up over {self.warmup_samples:,} samples.",
             f"Model: {self.num_parameters:,} parameters, vocabulary {self.vocab_size:,}.",
@@ -101,6 +105,19 @@ class Plan:
             f"all-gather of features with gradient would move "
             f"{_bytes(self.all_gather_bytes_per_step)}.",
             f"Checkpoint: about {_bytes(self.checkpoint_bytes)}.",
+        ]
+
+    def _structure(self) -> list[str]:
+        if not self.structure:
+            return []
+        said = f"Structure: {', '.join(self.structure)}"
+        if self.views == 1:
+            return [f"{said}; no second view is needed."]
+        return [
+            f"{said}; of each pair a second, augmented view is decoded and embedded in the same "
+            f"forward, {2 * self.micro_batch:,} images and captions for {self.micro_batch:,} "
+            "pairs: towers take about twice the time and activations about twice the memory of a "
+            "run without."
         ]
 
     def _order(self) -> str:
@@ -155,6 +172,14 @@ def find_contradictions(config: Config) -> list[Problem]:
             )
         )
     problems += _loss_contradictions(config, local, micro)
+    if config.evaluate.embedding != "shared" and not config.structure.separation.weight:
+        problems.append(
+            Problem(
+                place="evaluate.embedding",
+                message=f"is {config.evaluate.embedding}; only structure.separation makes "
+                "independent features: give it a weight, or leave this at shared",
+            )
+        )
     if config.evaluate.zero_shot and config.data.val is None:
         problems.append(
             Problem(place="data.val", message="missing; evaluate.zero_shot needs rows to classify")
@@ -301,8 +326,20 @@ def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
         + config.loss.exchange * local * 8 * (facts.embed_dim + 1),
         all_gather_bytes_per_step=loss_bytes("infonce_gathered", workers, local, facts.embed_dim),
         checkpoint_bytes=_weight_bytes(config) * facts.num_parameters + 12 * facts.num_parameters,
+        views=2 if config.structure.needs_views else 1,
+        structure=_terms(config.structure),
     )
     return plan, problems
+
+
+def _terms(structure: StructureConfig) -> tuple[str, ...]:
+    named = {
+        "in-modal contrast": structure.in_modal,
+        "separation": structure.separation.weight,
+        "bridge": structure.bridge.weight,
+        "consistency": structure.consistency.weight,
+    }
+    return tuple(f"{name} {weight:g}" for name, weight in named.items() if weight)
 
 
 def resize(config: Config, workers: int, before: Plan) -> Config:

@@ -320,11 +320,20 @@ class SeparationTerm(Term):
         default=1.0, description="Within the term: log mean Gaussian potential of these features."
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.weight and not self.orthogonality + self.contrast + self.uniformity:
+            raise ValueError(
+                "orthogonality, contrast and uniformity are all 0, so nothing trains the "
+                "independent features: give one a weight, or the term weight 0"
+            )
+        return self
+
 
 class BridgeTerm(Term):
     """Brownian bridge: a view lies between its sample and the pair's other side; L_Br."""
 
-    t: Fraction | tuple[Fraction, ...] | Literal["sampled"] = Field(
+    t: Fraction | Annotated[tuple[Fraction, ...], Field(min_length=1)] | Literal["sampled"] = Field(
         default=0.25,
         description="Share of the sample's own embedding in the point its view is pulled to; "
         "several (their mean), or sampled: drawn per row from 0 to 1.",

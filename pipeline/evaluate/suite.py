@@ -1,18 +1,25 @@
-"""All evaluations of a run in one call, yielding (name, value)."""
+"""All evaluations of a run in one call: metrics by name, and rows to look at."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.config.schema import Config, EvaluateConfig
 from pipeline.data.batches import eval_batches
 from pipeline.data.decode import Recipe, View
 from pipeline.data.layout import Catalog
 from pipeline.data.text import Tokenizer
-from pipeline.evaluate.embed import Forward, embed_rows
+from pipeline.evaluate.embed import Embedded, Forward, embed_rows
 from pipeline.evaluate.retrieval import retrieval
 from pipeline.evaluate.zero_shot import class_embeddings, zero_shot
+from pipeline.losses.structure import geometry, independent_geometry
+
+GEOMETRY_ROWS = 2048  # the first of all
+SAMPLE_ROWS = 400
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,10 +68,19 @@ def make_recipe(config: Config, tokenizer: Tokenizer, *, train: bool) -> Recipe:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """Some matched pairs, to be drawn: embeddings [n, dim], and labels [n] of the first task."""
+
+    image: NDArray[np.float32]
+    text: NDArray[np.float32]
+    labels: list[str]
+
+
 def run_suite(
     suite: Suite, forward: Forward, device: torch.device, world_size: int, rank: int
-) -> Iterator[tuple[str, float]]:
-    """Yield every metric, the same on all ranks; names are paths such as retrieval/..."""
+) -> tuple[dict[str, float], Sample]:
+    """Give every metric, the same on all ranks, by names as retrieval/...; and some of the rows."""
     batches = eval_batches(
         suite.catalog,
         suite.recipe,
@@ -80,19 +96,58 @@ def run_suite(
         torch.full((batch, suite.recipe.context_length), suite.recipe.tokenizer.end).int(),
     )
     rows = embed_rows(forward, batches, blank, device)
-    yield "rows", float(len(rows.image))
+    metrics = dict(_measure(suite, forward, rows, device))
+    tasks = suite.config.zero_shot
+    labels = rows.labels[tasks[0].column] if tasks else [""] * len(rows.image)
+    sample = Sample(
+        image=rows.image[:SAMPLE_ROWS].numpy(),
+        text=rows.text[rows.first_captions[:SAMPLE_ROWS]].numpy(),
+        labels=labels[:SAMPLE_ROWS],
+    )
+    return metrics, sample
+
+
+def _measure(
+    suite: Suite, forward: Forward, rows: Embedded, device: torch.device
+) -> Iterator[tuple[str, float]]:
+    kind = suite.config.embedding
+    image, text = rows.chosen(kind)
+    yield "rows", float(len(image))
     yield "bad_rows", float(rows.bad_rows)
     if suite.config.retrieval:
-        for name, value in retrieval(rows.image, rows.text, rows.owners):
+        for name, value in retrieval(image, text, rows.owners):
             yield f"retrieval/{name}", value
+
+    def embed_texts(tokens: Tensor) -> Tensor:
+        _, found = forward(None, tokens).chosen(kind)
+        assert found is not None, "it was given tokens"
+        return found
+
     for task, classes in zip(suite.config.zero_shot, suite.classes, strict=True):
         weights = class_embeddings(
-            forward,
+            embed_texts,
             classes,
             task.prompts,
             suite.recipe.tokenizer,
             suite.recipe.context_length,
             device,
         )
-        for name, value in zero_shot(rows.image, rows.labels[task.column], classes, weights):
+        for name, value in zero_shot(image, rows.labels[task.column], classes, weights):
             yield f"zero_shot/{task.column}/{name}", value
+    for name, value in _geometry(rows):
+        yield f"geometry/{name}", value
+
+
+def _geometry(rows: Embedded) -> Iterator[tuple[str, float]]:
+    """How the modalities lie to each other, and each one's two parts: pairwise, so of some rows."""
+    chosen = rows.first_captions[:GEOMETRY_ROWS]
+    image, text = rows.image[:GEOMETRY_ROWS], rows.text[chosen]
+    yield from geometry(image, text).items()
+    if rows.image_independent is None or rows.text_independent is None:
+        return
+    for side, shared, independent in (
+        ("image", image, rows.image_independent[:GEOMETRY_ROWS]),
+        ("text", text, rows.text_independent[chosen]),
+    ):
+        for name, value in independent_geometry(shared, independent).items():
+            yield f"{name}_{side}", value

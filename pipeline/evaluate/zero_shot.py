@@ -1,6 +1,6 @@
 """Zero-shot classification: the class whose prompts lie nearest to the image."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -8,12 +8,11 @@ from torch import Tensor
 
 from pipeline.data.text import Tokenizer
 from pipeline.errors import RunStop
-from pipeline.evaluate.embed import Forward
 
 
 @torch.no_grad()
 def class_embeddings(
-    forward: Forward,
+    embed_texts: Callable[[Tensor], Tensor],
     classes: Sequence[str],
     prompts: Sequence[str],
     tokenizer: Tokenizer,
@@ -26,8 +25,7 @@ def class_embeddings(
         tokens, _ = tokenizer.encode(
             [prompt.replace("{}", name) for prompt in prompts], context_length
         )
-        _, text = forward(None, torch.from_numpy(tokens).to(device))
-        assert text is not None, "forward was given tokens"
+        text = embed_texts(torch.from_numpy(tokens).to(device))
         rows.append(text.float().mean(dim=0).cpu())
     return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
 

@@ -34,11 +34,19 @@ from pipeline.data.rows import BadRow
 from pipeline.data.storage import open_filesystem
 from pipeline.data.stream import start_ray_data_here
 from pipeline.errors import Problem, UserError, raise_problems
+from pipeline.evaluate.suite import Sample
 from pipeline.tracking import tracker
-from pipeline.tracking.plots import PANELS, plot_curves
+from pipeline.tracking.plots import (
+    PANELS,
+    plot_bridge,
+    plot_curves,
+    plot_projection,
+    plot_similarities,
+)
 from pipeline.train.board import Board, Event, pass_warnings_on
 from pipeline.train.lease import Lease, leased
 from pipeline.train.loop import Wish
+from pipeline.train.objective import BRIDGE_CURVE
 from pipeline.train.preflight import Prepared, lacking_resources, prepare, prepare_evaluation
 from pipeline.train.store import RunFolder, RunRecord, changed_keys, find_run
 from pipeline.train.witness import Failures, Introduction, PlannedResize, Trainer
@@ -131,7 +139,7 @@ def train(config: Config, listen: Listener, log_path: Path) -> Outcome:
             raise
         finally:
             bad_rows = folder.read_quarantine()
-            _log_artifacts(run, prepared, bad_rows)
+            _log_artifacts(run, prepared, bad_rows, watch.sample)
             watch.diary.close()
             tracker.close_run(run, status)
         folder.write_record(replace(watch.diary.record, is_finished=True))
@@ -268,8 +276,10 @@ def _commit() -> str | None:
     return None
 
 
-def _log_artifacts(run: tracker.RunRef, prepared: Prepared, bad: list[BadRow]) -> None:
-    """Config, plan, versions, dropped rows and curves; made at the end, whatever the end."""
+def _log_artifacts(
+    run: tracker.RunRef, prepared: Prepared, bad: list[BadRow], sample: Sample | None
+) -> None:
+    """Config, plan, versions, dropped rows and figures; made at the end, whatever the end."""
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary)
         (path / "config.yaml").write_text(dump(prepared.config))
@@ -282,6 +292,12 @@ def _log_artifacts(run: tracker.RunRef, prepared: Prepared, bad: list[BadRow]) -
             (path / "dropped_rows.tsv").write_text("\n".join(rows) + "\n")
         with contextlib.suppress(Exception):
             plot_curves(tracker.read_history(run, list(PANELS)), path / "curves.png")
+            curve = [f"train/{name}" for name in BRIDGE_CURVE]
+            plot_bridge(tracker.read_history(run, curve), path / "bridge.png")
+        if sample is not None:
+            rows = sample.image, sample.text, sample.labels
+            plot_projection(*rows, path / "projection.png")
+            plot_similarities(*rows, path / "similarities.png")
         tracker.log_artifacts(run, path)
 
 
@@ -392,6 +408,7 @@ class Watch:
         self.has_left: Wish | None = None
         self.controller: Any = None
         self.metrics: dict[str, float] = {}
+        self.sample: Sample | None = None
         self.stopped: str | None = None
         self.given_up: str | None = None
 
@@ -448,6 +465,8 @@ class Watch:
                 self.controller = event["actor"]
             case "evaluation":
                 self.metrics = event["metrics"]
+            case "sample":
+                self.sample = event["sample"]
             case "stopped":
                 self.stopped = event["message"]
             case "started":

@@ -11,6 +11,7 @@ from pipeline.config.plan import Plan
 from pipeline.config.schema import Config, LossConfig, StructureConfig
 from pipeline.data.text import Tokenizer
 from pipeline.engine.partners import PartnerExchange
+from pipeline.evaluate.embed import Parts
 from pipeline.losses.base import Gather, Loss, LossValue, State
 from pipeline.losses.contrastive import (
     FastCLIP,
@@ -34,7 +35,10 @@ from pipeline.models.two_tower import TwoTower, build_two_tower
 
 LOGIT_BIAS_INIT = -10.0  # SigLIP's: at the start nearly every pair counts as no match
 
-BRIDGE_POINTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+BRIDGE_CURVE = {  # points t of the bridge, by the metric of the residual there
+    f"structure/bridge_residual_at_{t:.3f}": t
+    for t in (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+}
 
 STATELESS = {
     "infonce_local": InfoNCELocal,
@@ -67,6 +71,11 @@ class Outputs(NamedTuple):
     def contrast(self) -> tuple[Any, ...]:
         """The arguments of a contrastive loss, in its order."""
         return self[:6]
+
+    @property
+    def parts(self) -> Parts:
+        """What evaluation embeds with."""
+        return Parts(self.image, self.text, self.image_independent, self.text_independent)
 
     @property
     def modalities(self) -> tuple[Modality, Modality]:
@@ -262,10 +271,8 @@ def _bridge_curve(image: Modality, text: Modality) -> dict[str, Tensor]:
         return {}
     with torch.no_grad():
         return {
-            f"structure/bridge_residual_at_{t:.3f}": bridge(
-                image.view, image.shared, text.shared, t
-            )
-            for t in BRIDGE_POINTS
+            name: bridge(image.view, image.shared, text.shared, t)
+            for name, t in BRIDGE_CURVE.items()
         }
 
 

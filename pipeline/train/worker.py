@@ -31,6 +31,7 @@ from pipeline.data.text import Tokenizer
 from pipeline.engine.schedule import lr_factor
 from pipeline.engine.zero import UNIVERSAL, Engine, gather, load_weights
 from pipeline.errors import RunStop
+from pipeline.evaluate.embed import Parts
 from pipeline.evaluate.suite import Suite, make_recipe, run_suite
 from pipeline.tracking.meters import Meter
 from pipeline.tracking.tracker import MetricLog, RunRef
@@ -113,14 +114,8 @@ def evaluate_worker(job: EvaluationJob) -> None:
             module.load_state_dict(load_weights(folder, read_meta(folder)["zero_stage"]))
         dtype = torch.bfloat16 if job.config.engine.precision == "bf16" else torch.float32
         module.to(device, dtype).eval()
-        metrics = dict(
-            run_suite(
-                job.suite,
-                lambda images, tokens: module(images, tokens)[:2],
-                device,
-                world_size,
-                rank,
-            )
+        metrics, _ = run_suite(
+            job.suite, lambda images, tokens: module(images, tokens).parts, device, world_size, rank
         )
     except RunStop as error:
         if rank == 0:
@@ -393,23 +388,18 @@ class _Trainer:
         self._post("evaluating", step=progress.step)
         self.engine.train(False)
 
-        def embed(images: Tensor | None, tokens: Tensor | None) -> tuple[Any, Any]:
+        def embed(images: Tensor | None, tokens: Tensor | None) -> Parts:
             self.pulse.beat(progress.step, "evaluating")
-            return self.engine(images, tokens)[:2]
+            return self.engine(images, tokens).parts
 
-        metrics = dict(
-            run_suite(
-                self.job.suite,
-                embed,
-                self.engine.device,
-                self.world_size,
-                self.rank,
-            )
+        metrics, sample = run_suite(
+            self.job.suite, embed, self.engine.device, self.world_size, self.rank
         )
         self.engine.train(True)
         if self.rank == 0:
             self._record(progress, {f"eval/{name}": value for name, value in metrics.items()})
             self._post("evaluation", step=progress.step, metrics=metrics)
+            self._post("sample", sample=sample)
         self.meter.skip()
 
     def _checkpoint(self, progress: Progress) -> None:

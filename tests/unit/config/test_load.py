@@ -85,6 +85,13 @@ def test_nested_unknown_key_is_named_in_its_own_section(tmp_path: Path) -> None:
         ("engine.zero_stage=4", "engine.zero_stage: is 4"),
         ("engine.precision=fp64", "engine.precision: is 'fp64'"),
         ("data.crop_scale=[0.9, 0.1]", "crop_scale is"),
+        ("data.second_view.crop_scale=[0, 0.1]", "crop_scale is"),
+        ("structure.bridge.t=1.5", "structure.bridge.t: is 1.5"),
+        ("structure.bridge.t=[]", "structure.bridge.t: is ()"),
+        (
+            "structure.separation={weight: 1, orthogonality: 0, contrast: 0, uniformity: 0}",
+            "nothing trains the independent features",
+        ),
         ("model.image.patch=7", "patch is 7; it must divide size 16"),
         ("model.text.heads=3", "heads is 3; it must divide width 16"),
         ("train.epochs=1", "exactly one of samples and epochs"),

@@ -183,6 +183,44 @@ def test_a_divergence_that_cannot_be_reached_is_refused(
     assert "lower it, e.g. to" in str(problems[0])
 
 
+def test_the_structure_says_what_it_costs() -> None:
+    plain, _ = make_plan(tiny_config(), FACTS)
+    assert (plain.views, plain.structure) == (1, ())
+    assert not any("Structure" in sentence for sentence in plain.sentences())
+    consistency = {"weight": 0.25, "views": False}
+    alone, _ = make_plan(tiny_config(structure={"consistency": consistency}), FACTS)
+    assert (alone.views, alone.structure) == (1, ("consistency 0.25",))
+    assert any("no second view" in sentence for sentence in alone.sentences())
+    every = {
+        "in_modal": 0.5,
+        "separation": {"weight": 1.0},
+        "bridge": {"weight": 2.0},
+        "consistency": {"weight": 0.25},
+    }
+    plan, _ = make_plan(tiny_config(structure=every), FACTS)
+    (sentence,) = (each for each in plan.sentences() if each.startswith("Structure"))
+    assert "in-modal contrast 0.5, separation 1, bridge 2, consistency 0.25" in sentence
+    assert "16 images and captions for 8 pairs" in sentence
+    assert plan.loss_bytes_per_step == 0
+    for term in every:
+        assert make_plan(tiny_config(structure={term: every[term]}), FACTS)[0].views == 2
+
+
+def test_independent_features_must_be_made_to_be_used() -> None:
+    evaluate = {"embedding": "both"}
+    assert _places(tiny_config(evaluate=evaluate)) == ["evaluate.embedding"]
+    separation = {"separation": {"weight": 1.0}}
+    assert _places(tiny_config(evaluate=evaluate, structure=separation)) == []
+
+
+def test_a_term_rises_from_its_start() -> None:
+    term = tiny_config(
+        structure={"bridge": {"weight": 2.0, "start_samples": 100, "ramp_samples": 99}}
+    ).structure.bridge
+    assert [term.at(samples) for samples in (0, 99, 149, 199, 5000)] == [0, 0, 1, 2, 2]
+    assert tiny_config(structure={"bridge": {"weight": 2.0}}).structure.bridge.at(0) == 2
+
+
 def test_evidence_is_counted_only_of_a_prior() -> None:
     assert _places(tiny_config(loss={"evidence": "counted"})) == ["loss.evidence"]
     assert _places(tiny_config(loss={"evidence": "counted", "prior": "queue"})) == []

@@ -80,22 +80,18 @@ def test_zero_shot_refuses_unknown_or_no_labels() -> None:
 
 
 def test_class_embeddings_average_prompts() -> None:
-    """A forward that counts tokens: the class embedding is the normalised mean over prompts."""
+    """An encoder that counts tokens: the class embedding is the normalised mean over prompts."""
 
-    def forward(images, tokens):
+    def embed(tokens: torch.Tensor) -> torch.Tensor:
         filled = (tokens > 0).float()
-        return None, torch.nn.functional.normalize(
+        return torch.nn.functional.normalize(
             torch.stack([filled.sum(1), torch.ones(len(tokens))], 1), dim=1
         )
 
     tokenizer = tiny_tokenizer()
     prompts = ["a {}", "a small {} circle"]
-    weights = class_embeddings(
-        forward, ["red", "blue"], prompts, tokenizer, 12, torch.device("cpu")
-    )
+    weights = class_embeddings(embed, ["red", "blue"], prompts, tokenizer, 12, torch.device("cpu"))
     tokens, _ = tokenizer.encode([prompt.format("red") for prompt in prompts], 12)
-    expected = torch.nn.functional.normalize(
-        forward(None, torch.from_numpy(tokens))[1].mean(0), dim=0
-    )
+    expected = torch.nn.functional.normalize(embed(torch.from_numpy(tokens)).mean(0), dim=0)
     torch.testing.assert_close(weights[0], expected)
     assert weights.norm(dim=1).tolist() == pytest.approx([1.0, 1.0])
