@@ -6,6 +6,7 @@ import torch
 
 from pipeline.config.load import parse_config
 from pipeline.config.schema import Config
+from pipeline.data.batches import Batch
 from pipeline.data.text import Tokenizer, train_tokenizer
 from pipeline.train.objective import Pretraining, build_pretraining
 
@@ -55,3 +56,27 @@ def tiny_pairs(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = torch.randint(4, 290, (count, 8), generator=generator, dtype=torch.int32)
     tokens[:, 0], tokens[:, -1] = 1, 3
     return images, tokens
+
+
+def tiny_batch(
+    size: int, rows: int, seed: int = 0, captions: int = 1, views: bool = False
+) -> Batch:
+    """A batch of `size` of which `rows` are real, each with so many captions."""
+    images, tokens = tiny_pairs(size, seed)
+    more = tiny_pairs(size * (captions - 1) or 1, seed + 1)[1].numpy()
+    return Batch(
+        images=images,
+        tokens=tokens,
+        keys=torch.arange(size),
+        rows=rows,
+        used={},
+        bad=[],
+        cut=0,
+        cleaned=0,
+        labels={},
+        more_tokens=[
+            more[row * (captions - 1) : (row + 1) * (captions - 1)] for row in range(rows)
+        ],
+        view_images=images.flip(2) if views else None,
+        view_tokens=tokens if views else None,
+    )

@@ -21,6 +21,13 @@ def demo(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     rows: Annotated[int, typer.Option(help="Training pairs.")] = 20_000,
     seed: Annotated[int, typer.Option(help="Another seed, other scenes.")] = 0,
+    private: Annotated[
+        bool,
+        typer.Option(
+            "--private",
+            help="A texture that only the picture shows, an owner that only the caption names.",
+        ),
+    ] = False,
 ) -> None:
     """Make a procedural image-text set: scenes of coloured shapes with captions."""
     from pipeline.data.demo import write_demo
@@ -28,7 +35,7 @@ def demo(
     console: Console = context.obj
     try:
         with console.status(f"Drawing {rows:,} scenes ..."):
-            summary = write_demo(out, rows, seed)
+            summary = write_demo(out, rows, seed, private=private)
     except ValueError as error:
         raise UserError(str(error)) from error
     splits = ", ".join(f"{name} {count:,}" for name, count in summary.rows.items())

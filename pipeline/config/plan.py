@@ -42,7 +42,8 @@ class Plan:
     """Derived numbers of a run. Batches in pairs, memory and traffic in bytes per worker.
 
     `virtual_batch` is what the gamma loss targets; of a comparator, what it contrasts at once.
-    `structure` names the terms beside the contrast, with weights; `views` of each row are embedded.
+    `structure` names the terms beside the contrast, with weights. A term may need a view of each
+    row: `second_view` of the data, or `momentum`, the row as slow towers embed it.
     """
 
     workers: int
@@ -68,7 +69,8 @@ class Plan:
     loss_bytes_per_step: int
     all_gather_bytes_per_step: int
     checkpoint_bytes: int
-    views: int
+    second_view: bool
+    momentum: bool
     structure: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -111,8 +113,14 @@ class Plan:
         if not self.structure:
             return []
         said = f"Structure: {', '.join(self.structure)}"
-        if self.views == 1:
-            return [f"{said}; no second view is needed."]
+        if self.momentum:
+            return [
+                f"{said}; moving averages of the towers embed each pair once more without "
+                "gradient: about a third more time than a run without, and "
+                f"{_bytes(4 * self.num_parameters)} for them on every worker."
+            ]
+        if not self.second_view:
+            return [f"{said}; no view of the pairs is needed."]
         return [
             f"{said}; of each pair a second, augmented view is decoded and embedded in the same "
             f"forward, {2 * self.micro_batch:,} images and captions for {self.micro_batch:,} "
@@ -301,6 +309,7 @@ def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
                 message=f"is {config.optim.warmup_samples}, more than the run's {wanted} samples",
             )
         )
+    slow = 4 * facts.num_parameters if config.structure.has_momentum else 0
     plan = Plan(
         workers=workers,
         global_batch=train.global_batch,
@@ -321,12 +330,13 @@ def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
         num_parameters=facts.num_parameters,
         zero_stage=config.engine.zero_stage,
         precision=config.engine.precision,
-        state_bytes=_state_bytes(config, facts.num_parameters),
+        state_bytes=_state_bytes(config, facts.num_parameters) + slow,
         loss_bytes_per_step=loss_bytes(config.loss.kind, workers, local, facts.embed_dim)
         + config.loss.exchange * local * 8 * (facts.embed_dim + 1),
         all_gather_bytes_per_step=loss_bytes("infonce_gathered", workers, local, facts.embed_dim),
-        checkpoint_bytes=_weight_bytes(config) * facts.num_parameters + 12 * facts.num_parameters,
-        views=2 if config.structure.needs_views else 1,
+        checkpoint_bytes=(_weight_bytes(config) + 12) * facts.num_parameters + slow,
+        second_view=config.structure.has_second_view,
+        momentum=config.structure.has_momentum,
         structure=_terms(config.structure),
     )
     return plan, problems

@@ -350,6 +350,14 @@ class ConsistencyTerm(Term):
 class StructureConfig(Section):
     """Latent modality structures beside the contrastive loss; all off unless a weight is given."""
 
+    views: Literal["augmented", "momentum"] = Field(
+        default="augmented",
+        description="What a view is: an augmented image and caption of the row (data.second_view), "
+        "or the row as moving averages of the towers embed it.",
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.995, description="For views momentum: decay of the averages, per step."
+    )
     in_modal: Fraction = Field(
         default=0.0,
         description="Share of the contrasts of a sample with its own view (V2V, T2T) in the base "
@@ -365,8 +373,18 @@ class StructureConfig(Section):
         return self.needs_views or self.consistency.weight > 0
 
     @property
+    def has_momentum(self) -> bool:
+        """Whether slow towers embed each row too."""
+        return self.needs_views and self.views == "momentum"
+
+    @property
+    def has_second_view(self) -> bool:
+        """Whether the data gives an augmented view of each row."""
+        return self.needs_views and self.views == "augmented"
+
+    @property
     def needs_views(self) -> bool:
-        """Whether an augmented view of each row is made."""
+        """Whether a term compares each row with a view of it."""
         return bool(
             self.in_modal
             or self.separation.weight

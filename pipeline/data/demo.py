@@ -2,7 +2,9 @@
 
 Enters: a number of rows and a seed. Leaves: Parquet shards per split; also scenes, pictures and
 captions one by one. Every row follows from ``(seed, split, row)`` alone, so a smaller set is a
-prefix of a larger one. Must not know: Ray, the trainer, the model.
+prefix of a larger one. A private set tells in each modality something that the other does not know
+(see ``pipeline.data.private``); its scenes are the same. Must not know: Ray, the trainer, the
+model.
 
 Coordinates are whole pixels in a 64 x 64 frame, x to the right and y downwards, measured along
 pixel edges: (0, 0) is the top left corner of the picture and (32, 32) its centre.
@@ -23,6 +25,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
+
+from pipeline.data.private import Private, ground, sample_private, signed
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "gray")
@@ -72,6 +76,9 @@ SCHEMA = pa.schema(
         pa.field("scene", pa.string(), nullable=False),
         pa.field("split", pa.string(), nullable=False),
     ]
+)
+PRIVATE_SCHEMA = SCHEMA.append(pa.field("texture", pa.string(), nullable=False)).append(
+    pa.field("owner", pa.string(), nullable=False)
 )
 
 _RECORD_NAME = "demo.json"
@@ -283,10 +290,11 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return _caption_three(scene, rng)
 
 
-def draw(scene: Scene) -> Image.Image:
-    """Draw the scene as an RGB picture of 64 x 64 pixels."""
+def draw(scene: Scene, private: Private | None = None) -> Image.Image:
+    """Draw the scene as an RGB picture of 64 x 64 pixels, on a texture where there is one."""
     side = IMAGE_SIZE * _SUPERSAMPLING
-    canvas = Image.new("RGB", (side, side), scene.background)
+    empty = Image.fromarray(ground(scene.background, IMAGE_SIZE, private))
+    canvas = empty.resize((side, side), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(canvas)
     for thing in scene.objects:
         _draw_object(pen, thing)
@@ -332,15 +340,19 @@ def split_rows(rows: int) -> dict[str, int]:
     return {"train": rows, "val": held_back, "test": held_back}
 
 
-def make_row(split: str, row: int, seed: int) -> dict[str, object]:
-    """Make one row, a value for each column of SCHEMA, from nothing but its arguments."""
+def make_row(split: str, row: int, seed: int, *, private: bool = False) -> dict[str, object]:
+    """Make one row, a value for each column of its schema, from nothing but its arguments."""
     rng = np.random.default_rng([seed, SPLITS.index(split), row])
     scene = sample_scene(rng, allow_held_out=split == "test")
     text = caption(scene, rng)
     only = scene.objects[0] if len(scene.objects) == 1 else None
+    own: Private | None = None
+    if private:
+        own = sample_private(np.random.default_rng([seed, SPLITS.index(split), row, 1]))
+        text = signed(text, own)
     return {
         "key": f"{split}-{row:07d}",
-        "image": encode_jpeg(draw(scene)),
+        "image": encode_jpeg(draw(scene, own)),
         "caption": text,
         "shape": only.shape if only else None,
         "color": only.color if only else None,
@@ -349,6 +361,7 @@ def make_row(split: str, row: int, seed: int) -> dict[str, object]:
         "held_out": is_held_out(scene),
         "scene": scene_json(scene),
         "split": split,
+        **({"texture": own.texture, "owner": own.owner} if own else {}),
     }
 
 
@@ -357,6 +370,8 @@ def write_demo(
     rows: int,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
+    *,
+    private: bool = False,
 ) -> DemoSummary:
     """Write ``rows`` training rows, and val and test, to ``OUT/<split>/part-<number>.parquet``.
 
@@ -372,7 +387,7 @@ def write_demo(
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
     start = time.perf_counter()
-    record = {"rows": rows, "seed": seed, "version": VERSION}
+    record = {"rows": rows, "seed": seed, "version": VERSION, **({"private": 1} if private else {})}
     created = _read_record(out) != record
     if created:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -549,7 +564,11 @@ def _read_record(out: Path) -> dict[str, int] | None:
         record = json.loads((out / _RECORD_NAME).read_text())
     except ValueError:
         raise problem from None
-    if not isinstance(record, dict) or record.keys() != {"rows", "seed", "version"}:
+    if not isinstance(record, dict) or record.keys() - {"private"} != {
+        "rows",
+        "seed",
+        "version",
+    }:
         raise problem
     return record
 
@@ -562,17 +581,19 @@ def _write_set(
     total, done = sum(counts.values()), 0
     for split, count in counts.items():
         (folder / split).mkdir(parents=True)
-        for written in _write_split(folder / split, split, count, record["seed"]):
+        is_private = "private" in record
+        for written in _write_split(folder / split, split, count, record["seed"], is_private):
             done += written
             if on_progress is not None:
                 on_progress(done, total)
     (folder / _RECORD_NAME).write_text(json.dumps(record) + "\n")
 
 
-def _write_split(folder: Path, split: str, count: int, seed: int) -> Iterator[int]:
+def _write_split(folder: Path, split: str, count: int, seed: int, private: bool) -> Iterator[int]:
     """Write one split's shards, yielding the number of rows of each row group once written."""
     # JPEG bytes do not compress, and no two are alike: neither zstd nor a dictionary would help.
-    text_columns = [name for name in SCHEMA.names if name != "image"]
+    schema = PRIVATE_SCHEMA if private else SCHEMA
+    text_columns = [name for name in schema.names if name != "image"]
     # Any, since pyarrow's annotations do not know that each option can be given per column.
     options: dict[str, Any] = {
         "compression": {"image": "none"} | dict.fromkeys(text_columns, "zstd"),
@@ -582,9 +603,9 @@ def _write_split(folder: Path, split: str, count: int, seed: int) -> Iterator[in
     for shard, shard_start in enumerate(range(0, count, SHARD_ROWS)):
         shard_stop = min(shard_start + SHARD_ROWS, count)
         path = folder / f"part-{shard:05d}.parquet"
-        with pq.ParquetWriter(path, SCHEMA, **options) as writer:
+        with pq.ParquetWriter(path, schema, **options) as writer:
             for start in range(shard_start, shard_stop, ROW_GROUP_ROWS):
                 stop = min(start + ROW_GROUP_ROWS, shard_stop)
-                batch = [make_row(split, row, seed) for row in range(start, stop)]
-                writer.write_table(pa.Table.from_pylist(batch, schema=SCHEMA))
+                batch = [make_row(split, row, seed, private=private) for row in range(start, stop)]
+                writer.write_table(pa.Table.from_pylist(batch, schema=schema))
                 yield stop - start

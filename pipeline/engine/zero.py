@@ -91,6 +91,18 @@ class Engine:
         """Run the module's forward."""
         return self._engine(*inputs)
 
+    def whole_parameters(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """Give each parameter named `prefix`... without the prefix, whole while it is looked at.
+
+        To be gone through to the end by all ranks: at stage 3 each is gathered in its turn.
+        """
+        import deepspeed
+
+        for name, parameter in self._engine.module.named_parameters():
+            if name.startswith(prefix):
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                    yield name.removeprefix(prefix), parameter.detach()
+
     def train(self, mode: bool) -> None:
         """Switch between training and evaluation mode."""
         self._engine.train(mode)

@@ -40,7 +40,7 @@ def make_recipe(config: Config, tokenizer: Tokenizer, *, train: bool) -> Recipe:
     """Give the data recipe of a config, for training or evaluation."""
     data = config.data
     second_view = None
-    if train and config.structure.needs_views:
+    if train and config.structure.has_second_view:
         second = data.second_view
         second_view = View(
             crop_scale=second.crop_scale,

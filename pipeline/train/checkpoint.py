@@ -2,6 +2,7 @@
 
 state/            DeepSpeed's shards: weights, optimiser state
 part-R.json       rank R: rows used since the run began, counts, undelivered metrics
+momentum.pt       the slow copy of the towers, if there is one; the same on all ranks
 loss-R.pt         rank R: the running state of the objective's parts
 meta.json         progress, world size, ZeRO stage, config, plan, tokenizer, versions
 """
@@ -18,12 +19,15 @@ from pipeline.config.schema import Config
 from pipeline.data.batches import Tally
 from pipeline.data.order import Cursor
 from pipeline.data.text import Tokenizer
+from pipeline.engine.momentum import Momentum
 from pipeline.engine.zero import Engine
 from pipeline.errors import RunStop
 from pipeline.losses.base import Stateful
 from pipeline.tracking.tracker import Point
 from pipeline.train.loop import Progress
 from pipeline.train.store import META
+
+MOMENTUM = "momentum.pt"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,6 +46,7 @@ class State:
 def save_checkpoint(
     folder: Path,
     engine: Engine,
+    momentum: Momentum | None,
     objective: Stateful,
     state: State,
     *,
@@ -65,6 +70,8 @@ def save_checkpoint(
         },
     }
     (folder / f"part-{rank:05d}.json").write_text(json.dumps(part))
+    if momentum is not None and rank == 0:
+        torch.save(momentum.state_dict(), folder / MOMENTUM)
     torch.save(objective.state_dict(), folder / f"loss-{rank:05d}.pt")
     if rank == 0:
         meta = {
@@ -86,7 +93,13 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    folder: Path, engine: Engine, objective: Stateful, *, rank: int, world_size: int
+    folder: Path,
+    engine: Engine,
+    momentum: Momentum | None,
+    objective: Stateful,
+    *,
+    rank: int,
+    world_size: int,
 ) -> State:
     """Restore engine and objective in place and give the rest; the cursor is that of all ranks.
 
@@ -106,6 +119,10 @@ def load_checkpoint(
     savers = range(meta["world_size"])
     parts = [json.loads((folder / f"part-{saver:05d}.json").read_text()) for saver in savers]
     states = [torch.load(folder / f"loss-{saver:05d}.pt", weights_only=True) for saver in savers]
+    if momentum is not None:
+        momentum.load_state_dict(
+            torch.load(folder / MOMENTUM, map_location="cpu", weights_only=True)
+        )
     objective.load_state_dict(states, rank, world_size)
     cursor = Cursor.from_json(parts[0]["cursor"])
     tally = Tally()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pipeline.config.plan import Plan
 from pipeline.config.schema import Config, LossConfig, StructureConfig
 from pipeline.data.text import Tokenizer
+from pipeline.engine.momentum import Momentum
 from pipeline.engine.partners import PartnerExchange
 from pipeline.evaluate.embed import Parts
 from pipeline.losses.base import Gather, Loss, LossValue, State
@@ -31,7 +32,7 @@ from pipeline.losses.structure import (
     consistency,
     there,
 )
-from pipeline.models.two_tower import TwoTower, build_two_tower
+from pipeline.models.two_tower import Embeddings, TwoTower, build_two_tower
 
 LOGIT_BIAS_INIT = -10.0  # SigLIP's: at the start nearly every pair counts as no match
 
@@ -39,6 +40,8 @@ BRIDGE_CURVE = {  # points t of the bridge, by the metric of the residual there
     f"structure/bridge_residual_at_{t:.3f}": t
     for t in (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 }
+
+TOWERS = "towers."  # prefix of their parameters' names in `Pretraining`
 
 STATELESS = {
     "infonce_local": InfoNCELocal,
@@ -76,6 +79,15 @@ class Outputs(NamedTuple):
     def parts(self) -> Parts:
         """What evaluation embeds with."""
         return Parts(self.image, self.text, self.image_independent, self.text_independent)
+
+    def seen_by(self, slow: Embeddings) -> "Outputs":
+        """The same, with another model's embeddings of the pairs for views."""
+        return self._replace(
+            image_view=slow.image,
+            text_view=slow.text,
+            image_view_independent=slow.image_independent,
+            text_view_independent=slow.text_independent,
+        )
 
     @property
     def modalities(self) -> tuple[Modality, Modality]:
@@ -320,6 +332,15 @@ def build_objective(
         virtual_batch=plan.virtual_batch,
         in_modal=in_modal,
         separation=separation,
+    )
+
+
+def build_momentum(config: Config, module: Pretraining, device: torch.device) -> Momentum | None:
+    """Copy the towers of a module that no engine has yet, if the run has slow ones."""
+    if not config.structure.has_momentum:
+        return None
+    return Momentum(
+        module.towers, config.structure.momentum, device=device, precision=_precision(config)
     )
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batches import Batch
+from pipeline.engine.momentum import Momentum
 from pipeline.engine.zero import Engine
-from pipeline.train.objective import Objective
+from pipeline.train.objective import TOWERS, Objective
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +30,7 @@ class StepResult:
 
 def train_step(
     engine: Engine,
+    momentum: Momentum | None,
     objective: Objective,
     batches: Iterator[Batch],
     *,
@@ -40,7 +42,8 @@ def train_step(
 
     `samples` have been seen before the step. Each micro batch has its own complete loss, so
     accumulation needs no second pass. When the loss is not finite on any rank, all ranks leave that
-    micro batch out of the gradient.
+    micro batch out of the gradient. `momentum` are slow copies of the towers, whose embeddings of
+    the same rows are the views.
     """
     used: list[Batch] = []
     metrics: list[dict[str, Tensor]] = []
@@ -55,7 +58,10 @@ def train_step(
             None if each is None else each.to(engine.device, non_blocking=True)
             for each in (batch.images, batch.tokens, batch.view_images, batch.view_tokens)
         ]
-        value = objective(engine(*inputs), batch.keys, samples)
+        outputs = engine(*inputs)
+        if momentum is not None:
+            outputs = outputs.seen_by(momentum(*inputs[:2]))
+        value = objective(outputs, batch.keys, samples)
         if engine.any(not bool(value.loss.isfinite())):
             is_finite = False
             if accumulation == 1:
@@ -66,6 +72,8 @@ def train_step(
             diagnose = value.diagnose
             engine.backward(value.loss)
         grad_norm = engine.step(lr_factor)
+    if momentum is not None:
+        momentum.update(engine, TOWERS)
     if grad_norm is None:
         grad_norm = float("nan")
     return StepResult(

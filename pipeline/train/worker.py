@@ -28,6 +28,7 @@ from pipeline.data.layout import Catalog
 from pipeline.data.order import Cursor, as_intervals
 from pipeline.data.rows import BadRow
 from pipeline.data.text import Tokenizer
+from pipeline.engine.momentum import Momentum
 from pipeline.engine.schedule import lr_factor
 from pipeline.engine.zero import UNIVERSAL, Engine, gather, load_weights
 from pipeline.errors import RunStop
@@ -38,7 +39,12 @@ from pipeline.tracking.tracker import MetricLog, RunRef
 from pipeline.train.board import Board, pass_warnings_on
 from pipeline.train.checkpoint import State, load_checkpoint, read_meta, save_checkpoint
 from pipeline.train.loop import Actions, Cadence, Left, Progress, Wish, run_loop
-from pipeline.train.objective import Objective, build_objective, build_pretraining
+from pipeline.train.objective import (
+    Objective,
+    build_momentum,
+    build_objective,
+    build_pretraining,
+)
 from pipeline.train.publish import Sender, agreed, fetch_derived, forget_after, keep
 from pipeline.train.pulse import Pulse
 from pipeline.train.step import train_step
@@ -152,6 +158,7 @@ class _Trainer:
 
     engine: Engine
     objective: Objective
+    momentum: Momentum | None
 
     def __init__(self, job: Job):
         self.job = job
@@ -262,13 +269,15 @@ class _Trainer:
             is_resized = folder is not None and read_meta(folder)["world_size"] != self.world_size
             if folder is not None and is_resized and self.local_rank == 0:
                 fetch_derived(self.folder, f"{name}/{UNIVERSAL}", folder / UNIVERSAL)
+            device = ray.train.torch.get_device()
+            self.momentum = build_momentum(self.config, module, device)
             self.engine = Engine(
                 module,
                 engine=self.config.engine,
                 optim=self.config.optim,
                 micro_batch=self.plan.micro_batch,
                 accumulation=self.plan.accumulation,
-                device=ray.train.torch.get_device(),
+                device=device,
                 loads_universal=is_resized,
             )
             self.objective = build_objective(
@@ -281,7 +290,12 @@ class _Trainer:
             if folder is None:
                 return
             self.state = load_checkpoint(
-                folder, self.engine, self.objective, rank=self.rank, world_size=self.world_size
+                folder,
+                self.engine,
+                self.momentum,
+                self.objective,
+                rank=self.rank,
+                world_size=self.world_size,
             )
             if self.rank == 0:
                 forget_after(self.folder, name)
@@ -304,6 +318,7 @@ class _Trainer:
         )
         result = train_step(
             self.engine,
+            self.momentum,
             self.objective,
             self._fed(),
             accumulation=plan.accumulation,
@@ -426,6 +441,7 @@ class _Trainer:
         save_checkpoint(
             folder,
             self.engine,
+            self.momentum,
             self.objective,
             self.state,
             rank=self.rank,

@@ -7,13 +7,12 @@ import torch
 import torch.distributed as dist
 
 from jobs.bench.ranks import run_ranks
-from pipeline.data.batches import Batch
 from pipeline.engine.zero import Engine
 from pipeline.losses.base import LossValue
 from pipeline.losses.gamma import GammaLoss
 from pipeline.train.objective import Outputs
 from pipeline.train.step import train_step
-from tests.tiny import tiny_config, tiny_module, tiny_pairs
+from tests.tiny import tiny_batch, tiny_config, tiny_module, tiny_pairs
 
 Case = tuple[int, int, tuple[bool, ...]]  # ZeRO stage, micro batches, which are bad on rank 1
 
@@ -61,24 +60,11 @@ def _step(stage: int, accumulation: int, bad: tuple[bool, ...]) -> tuple[bool, b
         ]
         return torch.cat([part.flatten().clone() for part in parts if part is not None])
 
-    images, tokens = tiny_pairs(4, seed=dist.get_rank())
-    batch = Batch(
-        images=images,
-        tokens=tokens,
-        keys=torch.arange(4),
-        rows=4,
-        used={},
-        bad=[],
-        cut=0,
-        cleaned=0,
-        labels={},
-        more_tokens=[],
-        view_images=images.flip(2),
-        view_tokens=tokens,
-    )
+    batch = tiny_batch(4, rows=4, seed=dist.get_rank(), views=True)
     before = weights()
     result = train_step(
         engine,
+        None,
         _SometimesBad(bad),  # pyright: ignore[reportArgumentType]
         iter([batch] * accumulation),
         accumulation=accumulation,

@@ -188,10 +188,17 @@ def test_ctrl_c_ends_the_run_as_killed_and_the_same_command_goes_on(tmp_path: Pa
     assert not list(left), "workers leave nothing behind"
 
 
-def test_zero_3_in_bf16_with_accumulation(tmp_path: Path) -> None:
-    """The far corner of the engine: partitioned weights, bf16, evaluation between steps."""
+def test_zero_3_in_bf16_with_accumulation_and_every_structure(tmp_path: Path) -> None:
+    """The far corner of the engine: partitioned weights, bf16, evaluation between steps, views."""
     engine = {"zero_stage": 3, "precision": "bf16"}
-    config = write_run(tmp_path, engine=engine, evaluate={"every": 3, "max_rows": 21})
+    structure = {
+        "in_modal": 0.5,
+        "separation": {"weight": 0.5},
+        "bridge": {"weight": 0.5, "start_samples": 32},
+        "consistency": {"weight": 0.1},
+    }
+    evaluate = {"every": 3, "max_rows": 21, "embedding": "both"}
+    config = write_run(tmp_path, engine=engine, evaluate=evaluate, structure=structure)
     facts = tmp_path / "facts.json"
     output = run(
         "train", str(config), "train.epochs=0.5", "engine.micro_batch=4", "--json", str(facts)
@@ -202,6 +209,14 @@ def test_zero_3_in_bf16_with_accumulation(tmp_path: Path) -> None:
     run("evaluate", str(tmp_path / "runs" / "tiny"), "engine.precision=fp32", "--json", str(again))
     first, second = (json.loads(path.read_text())["metrics"] for path in (facts, again))
     assert first.keys() == second.keys()
+    assert "geometry/orthogonality_image" in first
+    assert "a second, augmented view" in output
+    runs = tmp_path / "runs"
+    for name in ("bridge_residual_image", "uniformity_text", "cross_modal_asymmetry",
+                 "in_modal_loss_image", "bridge_residual_at_0.250"):  # fmt: skip
+        assert points(runs, f"train/structure/{name}"), name
+    drawn = {path.name for path in (runs / "mlartifacts").rglob("*.png")}
+    assert drawn == {"curves.png", "bridge.png", "projection.png", "similarities.png"}
 
 
 def test_a_run_of_bad_rows_stops_early_and_says_why(tmp_path: Path) -> None:

@@ -185,12 +185,12 @@ def test_a_divergence_that_cannot_be_reached_is_refused(
 
 def test_the_structure_says_what_it_costs() -> None:
     plain, _ = make_plan(tiny_config(), FACTS)
-    assert (plain.views, plain.structure) == (1, ())
+    assert (plain.second_view, plain.momentum, plain.structure) == (False, False, ())
     assert not any("Structure" in sentence for sentence in plain.sentences())
     consistency = {"weight": 0.25, "views": False}
     alone, _ = make_plan(tiny_config(structure={"consistency": consistency}), FACTS)
-    assert (alone.views, alone.structure) == (1, ("consistency 0.25",))
-    assert any("no second view" in sentence for sentence in alone.sentences())
+    assert (alone.second_view, alone.structure) == (False, ("consistency 0.25",))
+    assert any("no view of the pairs" in sentence for sentence in alone.sentences())
     every = {
         "in_modal": 0.5,
         "separation": {"weight": 1.0},
@@ -203,7 +203,12 @@ def test_the_structure_says_what_it_costs() -> None:
     assert "16 images and captions for 8 pairs" in sentence
     assert plan.loss_bytes_per_step == 0
     for term in every:
-        assert make_plan(tiny_config(structure={term: every[term]}), FACTS)[0].views == 2
+        assert make_plan(tiny_config(structure={term: every[term]}), FACTS)[0].second_view
+    slow, _ = make_plan(tiny_config(structure={**every, "views": "momentum"}), FACTS)
+    assert (slow.second_view, slow.momentum) == (False, True)
+    assert slow.state_bytes == plan.state_bytes + 40_000
+    assert slow.checkpoint_bytes == plan.checkpoint_bytes + 40_000
+    assert any("moving averages" in sentence for sentence in slow.sentences())
 
 
 def test_independent_features_must_be_made_to_be_used() -> None:

@@ -34,6 +34,7 @@ from pipeline.data.demo import (
     split_rows,
     write_demo,
 )
+from pipeline.data.private import OWNERS, TEXTURES, Private, ground
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS = 300
@@ -72,6 +73,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "set"
     write_demo(out, ROWS, seed=3)
     return out
+
+
+def test_a_private_set_has_the_same_scenes_and_tells_two_things_more(tmp_path: Path) -> None:
+    assert write_demo(tmp_path / "set", 60, seed=3, private=True).created
+    assert not write_demo(tmp_path / "set", 60, seed=3, private=True).created
+    rows = pq.read_table(tmp_path / "set" / "train").to_pylist()
+    plain = [make_row("train", row, 3) for row in range(60)]
+    for own, other in zip(rows, plain, strict=True):
+        assert own["scene"] == other["scene"]
+        assert own["owner"] in own["caption"]
+        assert str(other["caption"]) in own["caption"]
+        assert own["texture"] not in own["caption"]
+    assert {row["texture"] for row in rows} == set(TEXTURES)
+    assert {row["owner"] for row in rows} == set(OWNERS)
+    assert write_demo(tmp_path / "set", 60, seed=3).created, "another set"
+
+
+@pytest.mark.parametrize("texture", TEXTURES)
+def test_a_texture_darkens_its_share_of_the_ground(texture: str) -> None:
+    private = Private(texture=texture, owner="ada", phase=(3, 5), wording=0)
+    pixels = ground((240, 235, 250), 64, private)
+    dark = (pixels < 230).all(axis=2)
+    shares = {"plain": 0, "rows": 0.5, "columns": 0.5, "checks": 0.5}
+    if texture in shares:
+        assert dark.mean() == shares[texture]
+    else:
+        assert 0.1 < dark.mean() < 0.4
+    assert dark.all(axis=1).any() == (texture == "rows")
+    assert dark.all(axis=0).any() == (texture == "columns")
+    assert (pixels[~dark] == (240, 235, 250)).all()
 
 
 @pytest.fixture(scope="module")

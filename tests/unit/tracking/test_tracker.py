@@ -7,11 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.tracking.meters import Meter
-from pipeline.tracking.plots import plot_curves
+from pipeline.tracking.plots import (
+    plot_bridge,
+    plot_curves,
+    plot_projection,
+    plot_similarities,
+)
 from pipeline.tracking.tracker import (
     MetricLog,
     RunRef,
@@ -271,14 +278,30 @@ def test_meter_of_an_empty_or_impossible_window_stays_finite() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_curves_are_drawn_one_panel_a_metric(tmp_path: Path, count: int) -> None:
-    from PIL import Image
-
     history = {f"train/{number}": [(8, 2.0), (16, 1.0)] for number in range(count)}
     assert plot_curves({**history, "train/none": []}, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
         assert image.format == "PNG"
         assert image.width == (605 if count == 1 else 1210)
         assert image.height == 352 * (1 if count < 3 else 2)
+
+
+@pytest.mark.parametrize("labels", [["a", "b", ""] * 4, [""] * 12])
+def test_embeddings_are_drawn_with_labels_and_without(tmp_path: Path, labels: list[str]) -> None:
+    rows = np.random.default_rng(0).normal(size=(2, 12, 5)).astype(np.float32)
+    for name, draw in (("plane", plot_projection), ("cosines", plot_similarities)):
+        draw(rows[0], rows[1], labels, tmp_path / f"{name}.png")
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert np.asarray(image).std() > 5, "more than an empty page"
+
+
+def test_the_bridge_is_drawn_at_the_first_and_the_last_point(tmp_path: Path) -> None:
+    name = "train/structure/bridge_residual_at_{:.3f}"
+    history = {name.format(t): [(8, 1 - t), (16, 0.5), (24, 0.1)] for t in (0.0, 0.5, 1.0)}
+    assert plot_bridge(history, tmp_path / "bridge.png")
+    assert (tmp_path / "bridge.png").stat().st_size > 5000
+    assert not plot_bridge({name.format(0.5): []}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_without_points_nothing_is_drawn(tmp_path: Path) -> None:

@@ -21,5 +21,5 @@ def test_parameters_in_another_order_are_not_read_as_others(
     engine: Any = SimpleNamespace(layout=[["bias", "weight"]], loads_by_name=False)
     loss: Any = None
     with pytest.raises(RunStop, match=r"step 7 .* gammaray 0\.0\.9 .* new run with name=") as said:
-        load_checkpoint(tmp_path, engine, loss, rank=0, world_size=1)
+        load_checkpoint(tmp_path, engine, None, loss, rank=0, world_size=1)
     assert "another order" in str(said.value)

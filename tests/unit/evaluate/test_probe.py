@@ -1,0 +1,60 @@
+"""The linear probe: against scikit-learn's logistic regression, and where the answer is known."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.evaluate.probe import _fit, linear_probe
+
+
+def _clusters(rows: int, noise: float, seed: int) -> tuple[torch.Tensor, list[str]]:
+    """Three directions of the sphere, and which of them each row is near."""
+    generator = torch.Generator().manual_seed(seed)
+    which = torch.randint(3, (rows,), generator=generator)
+    centres = torch.eye(6)[:3]
+    drawn = centres[which] + noise * torch.randn(rows, 6, generator=generator)
+    return F.normalize(drawn, dim=1), [f"class {index}" for index in which.tolist()]
+
+
+def test_separate_clusters_are_found_and_noise_is_at_chance() -> None:
+    x, y = _clusters(120, 0.1, 0)
+    others, truth = _clusters(90, 0.1, 1)
+    assert linear_probe(x, y, others, truth) == 1.0
+    shuffled = [y[row] for row in torch.randperm(120, generator=torch.Generator().manual_seed(2))]
+    assert linear_probe(x, shuffled, others, truth) < 0.6
+
+
+def test_rows_without_a_label_are_left_out_and_an_unknown_label_is_wrong() -> None:
+    x, y = _clusters(120, 0.1, 0)
+    others, truth = _clusters(90, 0.1, 1)
+    y[:40] = [""] * 40
+    truth[:30] = ["nobody's"] * 30
+    truth[30:40] = [""] * 10
+    assert linear_probe(x, y, others, truth) == pytest.approx(50 / 80)
+
+
+def test_the_penalty_keeps_a_wide_probe_from_learning_noise_by_heart() -> None:
+    """200 columns of noise beside the three directions, and 90 rows: unpenalised it fits them."""
+    x, y = _clusters(90, 0.3, 0)
+    others, truth = _clusters(300, 0.3, 1)
+    noise = torch.randn(390, 200, generator=torch.Generator().manual_seed(3))
+    wide, wide_others = torch.cat([x, noise[:90]], 1), torch.cat([others, noise[90:]], 1)
+    found = linear_probe(wide, y, wide_others, truth)
+    weights, offsets = _fit(wide.double(), _numbers(y), 3, 1e-9)
+    by_heart = (wide_others.double() @ weights.T + offsets).argmax(1) == _numbers(truth)
+    assert found > float(by_heart.double().mean())
+
+
+def test_the_fit_is_a_stationary_point_of_the_penalised_loss() -> None:
+    x, y = _clusters(80, 0.5, 4)
+    weights, offsets = _fit(x.double(), _numbers(y), 3, 0.01)
+    probabilities = (x.double() @ weights.T + offsets).softmax(1).numpy()
+    error = probabilities - np.eye(3)[_numbers(y).numpy()]
+    by_weight = error.T @ x.double().numpy() / 80 + 2 * 0.01 * weights.numpy()
+    assert np.abs(by_weight).max() < 1e-4
+    assert np.abs(error.mean(0)).max() < 1e-4
+
+
+def _numbers(labels: list[str]) -> torch.Tensor:
+    return torch.tensor([int(label[-1]) for label in labels])
