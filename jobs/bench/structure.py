@@ -68,7 +68,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "base": IN_MODAL,
     "separation": {**IN_MODAL, "separation": {"weight": 0.3}},
     "bridge": {**IN_MODAL, "bridge": {"weight": 0.1}},
-    "consistency": {**IN_MODAL, "consistency": {"weight": 0.01}},
+    "consistency": {**IN_MODAL, "consistency": {"weight": 0.03}},
 }
 VARIANTS["all"] = {name: value for terms in VARIANTS.values() for name, value in terms.items()}
 WEIGHTS = {
