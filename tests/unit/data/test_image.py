@@ -1,6 +1,7 @@
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -289,13 +290,37 @@ def factors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The factors at which JPEGs are decoded in the test."""
     seen: list[int] = []
 
-    def decode_jpeg(data: bytes, header: image_module._JpegHeader, factor: int) -> Pixels:
+    def decode_jpeg(
+        data: bytes, header: image_module._JpegHeader, factor: int, is_shrunk: bool
+    ) -> Pixels:
         seen.append(factor)
-        return original(data, header, factor)
+        return original(data, header, factor, is_shrunk)
 
     original = image_module._decode_jpeg
     monkeypatch.setattr(image_module, "_decode_jpeg", decode_jpeg)
     return seen
+
+
+@pytest.mark.parametrize(("sides", "is_fast"), [((64, 48), False), ((72, 73), True)])
+def test_colours_are_enlarged_the_fast_way_only_where_shrinking_hides_it(
+    monkeypatch: pytest.MonkeyPatch, sides: tuple[int, int], is_fast: bool
+) -> None:
+    """Beyond one and a half times; and it shows no more than a little."""
+    seen: list[bool] = []
+    original = image_module.simplejpeg.decode_jpeg
+
+    def decode_jpeg(*given: Any, **named: Any) -> Any:
+        seen.append(named["fastupsample"])
+        return original(*given, **named)
+
+    monkeypatch.setattr(image_module.simplejpeg, "decode_jpeg", decode_jpeg)
+    buffer = io.BytesIO()
+    picture = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
+    image = Image.fromarray(picture).resize(sides, Image.Resampling.BICUBIC)
+    image.save(buffer, "JPEG", quality=95)
+    pixels = decode_eval(buffer.getvalue(), WHITE, 32)
+    assert seen == [is_fast]
+    assert _difference(pixels, eval_geometry(np.asarray(image), 32)) < 4
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
