@@ -169,6 +169,36 @@ def test_kills_and_resizes_use_every_row_once(order: Order, data: st.DataObject)
     assert sorted(used) == [(epoch, x) for epoch in range(goal) for x in range(order.num_rows)]
 
 
+@settings(max_examples=100)
+@given(orders, st.integers(1, 4), st.integers(1, 4), st.data())
+def test_a_resume_reads_again_only_the_windows_that_were_cut(
+    order: Order, before: int, now: int, data: st.DataObject
+) -> None:
+    """One for each worker of then, and those where a share begins; never a window that is done.
+
+    So with one worker, and windows of single row groups, one row group at most is read again.
+    """
+    cursor = Cursor(digest="d")
+    for rank in range(before):
+        pieces = order.pieces(Cursor(digest="d"), before, rank, range(1))
+        stream = [x for piece in pieces for x in range(*piece.positions)]
+        taken = stream[: data.draw(st.integers(0, len(stream)))]
+        cursor.add(0, as_intervals(np.array(taken, dtype=np.int64)))
+    again = [
+        piece.window
+        for rank in range(now)
+        for piece in order.pieces(cursor, now, rank, range(1))
+        if _overlap(cursor.used.get(0, ()), piece.window.start, piece.window.rows)
+    ]
+    assert len(again) <= 2 * before - 1 + now - 1
+    if before == now == 1 and all(len(window.visits) == 1 for window in order.windows(0)):
+        assert sum(len(window.visits) for window in again) <= 1
+
+
+def _overlap(used: tuple[tuple[int, int], ...], start: int, rows: int) -> bool:
+    return any(low < start + rows and start < high for low, high in used)
+
+
 def test_cursor_stays_compact() -> None:
     """64 workers far into an epoch of a billion rows: kilobytes."""
     cursor = Cursor(digest="d")
