@@ -123,12 +123,11 @@ def _print_outcome(console: Console, outcome: Any) -> None:
 def headline(metrics: dict[str, float]) -> list[tuple[str, float, float]]:
     """Give (label, value, chance) rows of the measures a person looks at first."""
     rows = []
-    for name, value in metrics.items():
-        if name.startswith("zero_shot/") and name.endswith("/accuracy"):
-            column = name.split("/")[1]
-            rows.append(
-                (f"zero-shot accuracy, {column}", value, metrics[f"zero_shot/{column}/chance"])
-            )
+    for kind, label in (("zero_shot", "zero-shot accuracy"), ("linear_probe", "linear probe")):
+        for name, value in metrics.items():
+            if name.startswith(f"{kind}/") and name.endswith("/accuracy"):
+                column = name.split("/")[1]
+                rows.append((f"{label}, {column}", value, metrics[f"{kind}/{column}/chance"]))
     for way, label in (("text_to_image", "text to image"), ("image_to_text", "image to text")):
         value = metrics.get(f"retrieval/{way}_recall_at_1")
         if value is not None:

@@ -78,11 +78,22 @@ def _absolute(config: Config) -> Config:
     model = config.model
     if model.pretrained is not None and Path(model.pretrained).exists():
         model = model.model_copy(update={"pretrained": resolve_path(model.pretrained, base)})
+    probes = tuple(
+        probe.model_copy(
+            update={
+                name: resolve_path(path, base)
+                for name, path in (("train", probe.train), ("test", probe.test))
+                if path is not None
+            }
+        )
+        for probe in config.evaluate.linear_probe
+    )
     storage = resolve_path(config.cluster.storage, base)
     return config.model_copy(
         update={
             "data": data.model_copy(update=changes),
             "model": model,
+            "evaluate": config.evaluate.model_copy(update={"linear_probe": probes}),
             "cluster": config.cluster.model_copy(update={"storage": storage}),
         }
     )

@@ -192,13 +192,26 @@ def find_contradictions(config: Config) -> list[Problem]:
         problems.append(
             Problem(place="data.val", message="missing; evaluate.zero_shot needs rows to classify")
         )
-    if len({task.column for task in config.evaluate.zero_shot}) < len(config.evaluate.zero_shot):
-        problems.append(
-            Problem(
-                place="evaluate.zero_shot",
-                message="names a column twice; metrics are named by column",
+    for kind, tasks in (
+        ("zero_shot", config.evaluate.zero_shot),
+        ("linear_probe", config.evaluate.linear_probe),
+    ):
+        if len({task.column for task in tasks}) < len(tasks):
+            problems.append(
+                Problem(
+                    place=f"evaluate.{kind}",
+                    message="names a column twice; metrics are named by column",
+                )
             )
-        )
+    if config.data.val is None:
+        problems += [
+            Problem(
+                place=f"evaluate.linear_probe.{index}.test",
+                message="missing, and so is data.val: give rows to test the classifier on",
+            )
+            for index, task in enumerate(config.evaluate.linear_probe)
+            if task.test is None
+        ]
     return problems
 
 

@@ -342,7 +342,10 @@ class BridgeTerm(Term):
 
 
 class ConsistencyTerm(Term):
-    """Geometric consistency: both modalities have the same inner geometry; L_GC."""
+    """Geometric consistency: both modalities have the same inner geometry; L_GC.
+
+    Like the paper's it grows with the batch: loss.virtual_batch, of a comparator the global batch.
+    """
 
     views: bool = Field(default=True, description="Also between a sample and its view: L_GC^a.")
 
@@ -358,10 +361,11 @@ class StructureConfig(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.995, description="For views momentum: decay of the averages, per step."
     )
-    in_modal: Fraction = Field(
+    in_modal: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0,
         description="Share of the contrasts of a sample with its own view (V2V, T2T) in the base "
-        "loss; the paper's is 0.5, four equal parts with V2T and T2V.",
+        "loss; the paper's is 0.5, four equal parts with V2T and T2V. Contrasts of views are gamma "
+        "losses on local pairs, whatever loss.kind is.",
     )
     separation: SeparationTerm = SeparationTerm()
     bridge: BridgeTerm = BridgeTerm()
@@ -370,7 +374,7 @@ class StructureConfig(Section):
     @property
     def is_on(self) -> bool:
         """Whether there is any term beside the contrast of the two modalities."""
-        return self.needs_views or self.consistency.weight > 0
+        return self.needs_views or self.consistency.weight > 0 or self.separation.weight > 0
 
     @property
     def has_momentum(self) -> bool:
@@ -385,10 +389,15 @@ class StructureConfig(Section):
     @property
     def needs_views(self) -> bool:
         """Whether a term compares each row with a view of it."""
+        return bool(self.bridge.weight) or self.needs_text_views
+
+    @property
+    def needs_text_views(self) -> bool:
+        """Whether captions need views too: a bridge may be for images alone."""
         return bool(
             self.in_modal
-            or self.separation.weight
-            or self.bridge.weight
+            or (self.separation.weight and self.separation.contrast)
+            or (self.bridge.weight and self.bridge.text)
             or (self.consistency.weight and self.consistency.views)
         )
 
@@ -472,6 +481,17 @@ class ZeroShotTask(Section):
         return self
 
 
+class LinearProbeTask(Section):
+    """Classification of a label column by a linear classifier on embeddings, fitted for it."""
+
+    column: str = Field(description="Column of class labels in both sets.")
+    train: str = Field(description="Folder, file, glob or URL of Parquet to fit it to.")
+    test: str | None = Field(default=None, description="The same to test it on; absent: data.val.")
+    modality: Literal["image", "text"] = Field(
+        default="image", description="Whose embeddings are classified."
+    )
+
+
 class EvaluateConfig(Section):
     """What is measured on data.val, and when; always at the end of the run too."""
 
@@ -483,12 +503,15 @@ class EvaluateConfig(Section):
     )
     batch: PositiveInt = Field(default=128, description="Rows per worker in one forward.")
     retrieval: bool = True
+    zero_shot: tuple[ZeroShotTask, ...] = ()
+    linear_probe: tuple[LinearProbeTask, ...] = Field(
+        default=(), description="At the end of the run, and by `gammaray evaluate`."
+    )
     embedding: Literal["shared", "independent", "both"] = Field(
         default="shared",
-        description="What an embedding is downstream: the contrasted features, the independent "
-        "ones of structure.separation, or both side by side.",
+        description="What a linear probe sees: the features contrasted with the other modality, "
+        "the independent ones of structure.separation, or both side by side.",
     )
-    zero_shot: tuple[ZeroShotTask, ...] = ()
 
 
 class TrackingConfig(Section):

@@ -193,7 +193,9 @@ class Decode:
         names = ("turn", "shard", "row_group", "row")
         places = zip(*(identity[name].tolist() for name in names), strict=True)
         for row, place in enumerate(places):
-            # One generator a view: the first is the same with a second view or without.
+            # One generator a view: the first one's crop and caption are the same with a second view
+            # or without. (Its pixels may be a shade different, where for the second view the
+            # picture is decoded larger.)
             rngs = [
                 np.random.default_rng([recipe.seed, *place, *([index] if index else [])])
                 for index in range(len(recipe.views))

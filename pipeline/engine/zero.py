@@ -9,7 +9,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipeline.config.schema import EngineConfig, OptimConfig
 from pipeline.engine.optimizer import make_optimizer, parameter_groups
 
 TAG = "state"
+GATHERED = 2**24  # elements of parameters made whole at once
 UNIVERSAL = "universal"  # the same state, in the form that any number of workers can load
 
 
@@ -94,14 +95,19 @@ class Engine:
     def whole_parameters(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         """Give each parameter named `prefix`... without the prefix, whole while it is looked at.
 
-        To be gone through to the end by all ranks: at stage 3 each is gathered in its turn.
+        To be gone through to the end by all ranks: at stage 3 they are gathered, some at a time.
         """
         import deepspeed
 
-        for name, parameter in self._engine.module.named_parameters():
-            if name.startswith(prefix):
-                with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
-                    yield name.removeprefix(prefix), parameter.detach()
+        chosen = [
+            (name.removeprefix(prefix), parameter)
+            for name, parameter in self._engine.module.named_parameters()
+            if name.startswith(prefix)
+        ]
+        for part in _parts_of(chosen, GATHERED):
+            parameters = [parameter for _, parameter in part]
+            with deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3):
+                yield from ((name, parameter.detach()) for name, parameter in part)
 
     def train(self, mode: bool) -> None:
         """Switch between training and evaluation mode."""
@@ -185,6 +191,23 @@ class Engine:
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on any rank; every rank gets the same answer."""
         return bool(self.sum(torch.tensor([float(flag)])).item() > 0)
+
+
+def _parts_of(
+    named: Sequence[tuple[str, nn.Parameter]], most: int
+) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """Cut into runs of at most so many elements, or of one parameter."""
+    part: list[tuple[str, nn.Parameter]] = []
+    size = 0
+    for name, parameter in named:
+        count = getattr(parameter, "ds_numel", parameter.numel())  # of the whole, if partitioned
+        if part and size + count > most:
+            yield part
+            part, size = [], 0
+        part.append((name, parameter))
+        size += count
+    if part:
+        yield part
 
 
 def gather(value: Any) -> list[Any]:

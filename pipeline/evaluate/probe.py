@@ -1,11 +1,14 @@
 """Linear probe: how much of a label a linear classifier finds in frozen embeddings."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from pipeline.errors import RunStop
 
 PENALTIES = tuple(10.0**power for power in range(-6, 2))  # of the squared weights
 HELD_BACK = 5  # one row in so many of the training rows chooses the penalty
@@ -23,11 +26,18 @@ def linear_probe(
 
     The L2 penalty is chosen on a fifth of the training rows, drawn by `seed`, and the classifier
     then fitted to all, as ELEVATER does; features are scaled to unit variance by training's.
-    A label that training has not is always wrong. O(rows dim classes) a step.
+    A label that training has not is always wrong. O(rows dim classes) a step. Raises `RunStop` when
+    there is too little to fit or to test.
     """
     train_rows = [row for row, label in enumerate(train_labels) if label]
     test_rows = [row for row, label in enumerate(test_labels) if label]
     classes = sorted({train_labels[row] for row in train_rows})
+    if len(classes) < 2 or len(train_rows) < HELD_BACK or not test_rows:
+        raise RunStop(
+            f"linear probe: {len(train_rows)} training rows of {len(classes)} class(es) and "
+            f"{len(test_rows)} test rows have a label; two classes, {HELD_BACK} training rows and "
+            "one test row are the least: choose another column or more rows"
+        )
     number = {name: index for index, name in enumerate(classes)}
     x, others = train[train_rows].double(), test[test_rows].double()
     mean, spread = x.mean(0), x.std(0).clamp(min=1e-8)
@@ -43,6 +53,12 @@ def linear_probe(
         ),
     )
     return _accuracy(_fit(x, y, len(classes), best), others, truth)
+
+
+def chance(labels: Sequence[str]) -> float:
+    """The accuracy of always naming the commonest label."""
+    counts = Counter(label for label in labels if label)
+    return max(counts.values(), default=0) / max(sum(counts.values()), 1)
 
 
 def _fit(x: Tensor, y: Int[Tensor, " rows"], classes: int, penalty: float) -> tuple[Tensor, Tensor]:

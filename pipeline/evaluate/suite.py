@@ -1,7 +1,7 @@
 """All evaluations of a run in one call: metrics by name, and rows to look at."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,25 +14,37 @@ from pipeline.data.decode import Recipe, View
 from pipeline.data.layout import Catalog
 from pipeline.data.text import Tokenizer
 from pipeline.evaluate.embed import Embedded, Forward, embed_rows
+from pipeline.evaluate.probe import chance, linear_probe
 from pipeline.evaluate.retrieval import retrieval
 from pipeline.evaluate.zero_shot import class_embeddings, zero_shot
 from pipeline.losses.structure import geometry, independent_geometry
 
-GEOMETRY_ROWS = 2048  # the first of all
+GEOMETRY_ROWS = 1024  # the first of all
 SAMPLE_ROWS = 400
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probed:
+    """Rows that a linear probe is fitted to or tested on, and the columns of their labels."""
+
+    catalog: Catalog
+    labels: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Suite:
     """What is evaluated, on which rows; the same on every rank.
 
-    `classes` gives the class names of each zero-shot task, in the order of `config.zero_shot`.
+    `classes` gives the class names of each zero-shot task, in the order of `config.zero_shot`,
+    `probed` the sets of the linear probes by their paths, with data.val's under its own.
     """
 
     config: EvaluateConfig
     catalog: Catalog
     recipe: Recipe
     classes: tuple[tuple[str, ...], ...]
+    probed: Mapping[str, Probed]
+    val: str
     ingest_cpus: float
 
 
@@ -78,25 +90,41 @@ class Sample:
 
 
 def run_suite(
-    suite: Suite, forward: Forward, device: torch.device, world_size: int, rank: int
+    suite: Suite,
+    forward: Forward,
+    device: torch.device,
+    world_size: int,
+    rank: int,
+    *,
+    with_probes: bool,
 ) -> tuple[dict[str, float], Sample]:
-    """Give every metric, the same on all ranks, by names as retrieval/...; and some of the rows."""
-    batches = eval_batches(
-        suite.catalog,
-        suite.recipe,
-        max_rows=suite.config.max_rows,
-        world_size=world_size,
-        rank=rank,
-        batch_size=suite.config.batch,
-        ingest_cpus=suite.ingest_cpus,
-    )
+    """Give every metric, the same on all ranks, by names as retrieval/...; and some of the rows.
+
+    Linear probes, which embed further sets, only if asked for.
+    """
     side, batch = suite.recipe.image_size, suite.config.batch
     blank = (
         torch.zeros(batch, side, side, 3, dtype=torch.uint8),
         torch.full((batch, suite.recipe.context_length), suite.recipe.tokenizer.end).int(),
     )
-    rows = embed_rows(forward, batches, blank, device)
+
+    def embed(catalog: Catalog, labels: tuple[str, ...]) -> Embedded:
+        batches = eval_batches(
+            catalog,
+            replace(suite.recipe, labels=labels),
+            max_rows=suite.config.max_rows,
+            world_size=world_size,
+            rank=rank,
+            batch_size=batch,
+            ingest_cpus=suite.ingest_cpus,
+        )
+        return embed_rows(forward, batches, blank, device)
+
+    rows = embed(suite.catalog, suite.recipe.labels)
     metrics = dict(_measure(suite, forward, rows, device))
+    if with_probes:
+        found = {path: embed(each.catalog, each.labels) for path, each in suite.probed.items()}
+        metrics |= dict(_probe(suite, found))
     tasks = suite.config.zero_shot
     labels = rows.labels[tasks[0].column] if tasks else [""] * len(rows.image)
     sample = Sample(
@@ -107,11 +135,22 @@ def run_suite(
     return metrics, sample
 
 
+def _probe(suite: Suite, found: Mapping[str, Embedded]) -> Iterator[tuple[str, float]]:
+    for task in suite.config.linear_probe:
+        sets = []
+        for path in (task.train, task.test or suite.val):
+            rows = found[path]
+            image, text = rows.chosen(suite.config.embedding)
+            features = image if task.modality == "image" else text[rows.first_captions]
+            sets += [features, rows.labels[task.column]]
+        yield f"linear_probe/{task.column}/accuracy", linear_probe(*sets)
+        yield f"linear_probe/{task.column}/chance", chance(sets[3])
+
+
 def _measure(
     suite: Suite, forward: Forward, rows: Embedded, device: torch.device
 ) -> Iterator[tuple[str, float]]:
-    kind = suite.config.embedding
-    image, text = rows.chosen(kind)
+    image, text = rows.image, rows.text
     yield "rows", float(len(image))
     yield "bad_rows", float(rows.bad_rows)
     if suite.config.retrieval:
@@ -119,7 +158,7 @@ def _measure(
             yield f"retrieval/{name}", value
 
     def embed_texts(tokens: Tensor) -> Tensor:
-        _, found = forward(None, tokens).chosen(kind)
+        found = forward(None, tokens).text
         assert found is not None, "it was given tokens"
         return found
 

@@ -28,11 +28,13 @@ from torch import Tensor
 from pipeline.losses.base import State
 from pipeline.losses.carry import carry, wide
 from pipeline.losses.gamma import GammaLoss
-from pipeline.losses.pairs import BLOCK_ROWS
-from pipeline.losses.tiles import local_pairs
+from pipeline.losses.pairs import BLOCK_ROWS, LocalPairs
+from pipeline.losses.tiles import TiledPairs, local_pairs
 
 SHARPNESS = 2.0  # of the Gaussian potential e^{-t |u - v|^2}: t as in Wang and Isola (2020)
+SCALE = 2 * SHARPNESS  # of unit vectors -t |u - v|^2 is 2 t <u, v> - 2 t
 MEMORY = 0.95  # of the uniformity's running mean: about twenty batches
+MANY = 3  # times as many rows as dimensions
 LEAST_NORM = 1e-6  # of a bridge's mean before it is normalised: of opposite points it has none
 
 Rows = Float[Tensor, "local dim"]
@@ -51,6 +53,20 @@ class Modality:
     view: Tensor | None = None
     independent: Tensor | None = None
     independent_view: Tensor | None = None
+
+    @property
+    def detached(self) -> "Modality":
+        """The same without gradient."""
+        return Modality(
+            shared=self.shared.detach(),
+            view=_detached(self.view),
+            independent=_detached(self.independent),
+            independent_view=_detached(self.independent_view),
+        )
+
+
+def _detached(features: Tensor | None) -> Tensor | None:
+    return None if features is None else features.detach()
 
 
 # ---- deep feature separation ---------------------------------------------------------------------
@@ -73,8 +89,9 @@ class Uniformity:
         log A = min over u of  u A - log u - 1,
 
     and with u held fixed, that is. u is one over a running mean of A on this worker, of the batches
-    before, so it does not depend on this batch, and the gradient is that of the global log A in
-    expectation, as far as the mean is up to date. Derived for this project.
+    before (at the first, of this one), so it does not depend on this batch, and the gradient is
+    that of the global log A in expectation, as far as the mean is up to date. Derived for this
+    project.
     """
 
     block: int = BLOCK_ROWS
@@ -88,21 +105,17 @@ class Uniformity:
         if b < 2:
             return rows.sum() * 0.0, {}
         with torch.no_grad():
-            z = wide(rows)
-            scale = z.new_tensor(2 * SHARPNESS)  # -t |u - v|^2 = 2 t <u, v> - 2 t
-            pairs = local_pairs(z, z, scale, self.block, self.precision)
-            log_sum = pairs.sums(1).log_sum[0, 0].logsumexp(0)
-            log_mean = log_sum - math.log(b * (b - 1)) - scale
+            pairs, log_mean = _log_potential(wide(rows), self.block, self.precision)
             log_u = -(math.log(self.mean / self.weight) if self.weight else float(log_mean))
-            weights = z.new_full((2, b), log_u - float(scale) - math.log(b * (b - 1)))
+            weights = log_mean.new_full((2, b), log_u - SCALE - math.log(b * (b - 1)))
             weights[1] = -math.inf  # each ordered pair counts once
-            by_row, by_column, _ = pairs.weigh(weights, z.new_zeros(b))
+            by_row, by_column, _ = pairs.weigh(weights, weights.new_zeros(b))
             value = (log_mean + log_u).exp() - log_u - 1
             batch_mean = float(log_mean.exp())
             if math.isfinite(batch_mean):
                 self.mean = MEMORY * self.mean + (1 - MEMORY) * batch_mean
                 self.weight = MEMORY * self.weight + (1 - MEMORY)
-        loss = carry(value, (rows,), (scale * (by_row + by_column),))
+        loss = carry(value, (rows,), (SCALE * (by_row + by_column),))
         return loss, {"uniformity": log_mean}
 
     def state_dict(self) -> State:
@@ -114,6 +127,15 @@ class Uniformity:
         chosen = [states[rank]] if len(states) == world_size else states
         for name in ("mean", "weight"):
             setattr(self, name, sum(state[name] for state in chosen) / len(chosen))
+
+
+def _log_potential(
+    rows: Rows, block: int, precision: torch.dtype
+) -> tuple[LocalPairs | TiledPairs, Float[Tensor, ""]]:
+    """All pairs of rows, summed, and log of the mean of e^{-t |z_j - z_k|^2} over j != k."""
+    pairs = local_pairs(rows, rows, rows.new_tensor(SCALE), block, precision)
+    log_sum = pairs.sums(1).log_sum[0, 0].logsumexp(0)
+    return pairs, log_sum - math.log(len(rows) * max(len(rows) - 1, 1)) - SCALE
 
 
 @dataclass(kw_only=True)
@@ -135,18 +157,19 @@ class Separation:
     def __call__(
         self, features: Modality, logit_scale: Float[Tensor, ""]
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """Give the sum of the terms; all four features must be there."""
-        independent, view = there(features.independent), there(features.independent_view)
+        """Give the sum of the terms that have a weight; the contrast needs a view."""
+        independent = there(features.independent)
         orthogonal = orthogonality(features.shared, independent)
-        contrast = self.contrast(independent, view, logit_scale)
-        uniform, metrics = self.uniformity(independent)
-        loss = (
-            self.orthogonality_weight * orthogonal
-            + self.contrast_weight * contrast.loss
-            + self.uniformity_weight * uniform
-        )
-        metrics["orthogonality"] = orthogonal.detach()
-        metrics["independent_contrast"] = contrast.metrics["loss"]
+        metrics = {"orthogonality": orthogonal.detach()}
+        loss = self.orthogonality_weight * orthogonal
+        if self.contrast_weight:
+            contrast = self.contrast(independent, there(features.independent_view), logit_scale)
+            metrics["independent_contrast"] = contrast.metrics["loss"]
+            loss = loss + self.contrast_weight * contrast.loss
+        if self.uniformity_weight:
+            uniform, found = self.uniformity(independent)
+            metrics |= found
+            loss = loss + self.uniformity_weight * uniform
         return loss, metrics
 
     def state_dict(self) -> State:
@@ -191,11 +214,14 @@ def bridge(
 
 
 def squared_differences(a: Rows, b: Rows, c: Rows, d: Rows) -> Float[Tensor, ""]:
-    """sum_jk (<a_j, b_k> - <c_j, d_k>)^2 without any matrix of pairs: O(rows dim^2).
+    """sum_jk (<a_j, b_k> - <c_j, d_k>)^2; of many rows without a matrix of pairs, O(rows dim^2).
 
-    sum_jk <a_j, b_k> <c_j, d_k> is the inner product of c'a with d'b, [dim, dim] both. In fp32 the
-    sum is right to about 1e-6 of sum_jk <a_j, b_k>^2, and may be negative by as much.
+    sum_jk <a_j, b_k> <c_j, d_k> is the inner product of c'a with d'b, [dim, dim] both, which is
+    faster from three times as many rows as dimensions on. That way the sum is in fp32 right to
+    about 1e-6 of sum_jk <a_j, b_k>^2, and may be negative by as much.
     """
+    if len(a) <= MANY * a.shape[1]:
+        return (a @ b.T - c @ d.T).square().sum()
 
     def products(p: Tensor, q: Tensor, r: Tensor, s: Tensor) -> Tensor:
         return ((r.T @ p) * (s.T @ q)).sum()
@@ -204,7 +230,7 @@ def squared_differences(a: Rows, b: Rows, c: Rows, d: Rows) -> Float[Tensor, ""]
 
 
 def consistency(
-    image: Modality, text: Modality, virtual_batch: int
+    image: Modality, text: Modality, gathered_batch: int
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """Geometric consistency of both modalities, L_GC of the paper; with views also L_GC^a.
 
@@ -213,7 +239,7 @@ def consistency(
                + (1/N) sum_j (<V_j, T_j> - <V^a_j, T^a_j>)^2
 
     A 1/N before N x N terms grows with N; N is the batch that one would gather, here
-    `virtual_batch`, whatever a worker holds. Pairs j = k are zero, so the mean over the b (b - 1)
+    `gathered_batch`, whatever a worker holds. Pairs j = k are zero, so the mean over the b (b - 1)
     local pairs times N - 1 equals, on the average over shardings, the sum on all N (the factor is
     often given as N/b, which for small b is not it). Metrics: the root mean square of the
     differences of each kind, over pairs.
@@ -231,7 +257,7 @@ def consistency(
         sums["text_view"] = squared_differences(t, t, ta, ta)
         own = ((v * t).sum(1) - (va * ta).sum(1)).square().mean()
     means = {name: value / pairs for name, value in sums.items()}
-    loss = (virtual_batch - 1) * torch.stack(list(means.values())).sum() + own
+    loss = (gathered_batch - 1) * torch.stack(list(means.values())).sum() + own
     metrics = {
         f"{name}_asymmetry": mean.detach().clamp(min=0).sqrt() for name, mean in means.items()
     }
@@ -256,16 +282,16 @@ def geometry(
 
     `modality_gap`: distance of the two means (Liang et al. 2022). `alignment`: mean squared
     distance of a pair; `uniformity_*`: log mean Gaussian potential (Wang and Isola 2020; lower is
-    more spread out, -4 at most for t = 2 in high dimension). `*_asymmetry`: root mean square of
+    more spread out, about -4 where all are orthogonal). `*_asymmetry`: root mean square of
     <V_j,T_k> - <V_k,T_j> and of <V_j,V_k> - <T_j,T_k>.
     """
-    v, t = wide(image).double(), wide(text).double()
+    v, t = wide(image), wide(text)
     found: dict[str, Any] = {
         "modality_gap": (v.mean(0) - t.mean(0)).norm(),
         "alignment": (v - t).square().sum(1).mean(),
     }
     for name, rows in (("image", v), ("text", t)):
-        found |= {f"{key}_{name}": value for key, value in Uniformity()(rows)[1].items()}
+        found[f"uniformity_{name}"] = _log_potential(rows, BLOCK_ROWS, v.dtype)[1]
     found |= consistency(Modality(shared=v), Modality(shared=t), len(v))[1]
     return {name: float(value) for name, value in found.items()}
 

@@ -43,7 +43,7 @@ def plot_curves(history: Mapping[str, Points], path: Path) -> bool:
 
 
 def plot_bridge(history: Mapping[str, Points], path: Path) -> bool:
-    """Draw the residual of augmented images along the bridge, as it was last and at the start.
+    """Draw the residual of augmented images along the bridge at the start, half-way and last.
 
     `history` holds the metrics `train/structure/bridge_residual_at_T`; give whether there were any.
     """
@@ -95,7 +95,8 @@ def plot_projection(image: Rows, text: Rows, labels: Sequence[str], path: Path) 
         axes.scatter(part[:, 0], part[:, 1], c=colours, marker=marker, s=14, alpha=0.7)
         axes.scatter([], [], c="black", marker=marker, s=20, label=side)
     for name, colour in of_name.items():
-        axes.scatter([], [], c=colour, marker="s", s=20, label=name)
+        # A dollar sign would begin a formula.
+        axes.scatter([], [], c=colour, marker="s", s=20, label=name.replace("$", r"\$"))
     axes.set(
         xlabel=f"first direction, {share[0]:.0%} of the variance",
         ylabel=f"second, {share[1]:.0%}",

@@ -290,15 +290,26 @@ def _log_artifacts(
         if bad:
             rows = [f"{row.path}:{row.row_group}:{row.row}\t{row.reason}" for row in bad]
             (path / "dropped_rows.tsv").write_text("\n".join(rows) + "\n")
-        with contextlib.suppress(Exception):
-            plot_curves(tracker.read_history(run, list(PANELS)), path / "curves.png")
-            curve = [f"train/{name}" for name in BRIDGE_CURVE]
-            plot_bridge(tracker.read_history(run, curve), path / "bridge.png")
-        if sample is not None:
-            rows = sample.image, sample.text, sample.labels
-            plot_projection(*rows, path / "projection.png")
-            plot_similarities(*rows, path / "similarities.png")
+        for draw in _figures(run, prepared.config, sample, path):
+            try:
+                draw()
+            except Exception as error:  # noqa: BLE001  no figure may stand between a run and its end
+                LOG.warning("a figure could not be drawn: %s", error)
         tracker.log_artifacts(run, path)
+
+
+def _figures(
+    run: tracker.RunRef, config: Config, sample: Sample | None, path: Path
+) -> Iterator[Callable[[], object]]:
+    """What draws each of the run's figures into the folder."""
+    yield lambda: plot_curves(tracker.read_history(run, list(PANELS)), path / "curves.png")
+    if config.structure.needs_views:
+        curve = [f"train/{name}" for name in BRIDGE_CURVE]
+        yield lambda: plot_bridge(tracker.read_history(run, curve), path / "bridge.png")
+    if sample is not None:
+        rows = sample.image, sample.text, sample.labels
+        yield lambda: plot_projection(*rows, path / "projection.png")
+        yield lambda: plot_similarities(*rows, path / "similarities.png")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What one engine runs: all that is trained in one module with one forward, and the loss."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -179,14 +180,17 @@ class Objective:
         contrast: Loss,
         structure: StructureConfig,
         *,
-        virtual_batch: int,
+        gathered_batch: int,
         in_modal: dict[str, GammaLoss],
         separation: dict[str, Separation],
     ):
-        """`in_modal` and `separation` by modality, image and text; empty when not wanted."""
+        """`in_modal` and `separation` by modality, image and text; empty when not wanted.
+
+        `gathered_batch`: the pairs of which geometric consistency stands for all.
+        """
         self.contrast = contrast
         self._structure = structure
-        self._virtual_batch = virtual_batch
+        self._gathered_batch = gathered_batch
         self._in_modal = in_modal
         self._separation = separation
 
@@ -207,10 +211,11 @@ class Objective:
             metrics |= {f"structure/{name}": metric for name, metric in found.items()}
         metrics["loss"] = bound
 
-        def diagnose() -> dict[str, Tensor]:
-            return {**base.diagnose(), **_bridge_curve(image, text)}
-
-        return LossValue(loss=loss, metrics=metrics, diagnose=diagnose)
+        # Detached: what diagnoses is kept until it is asked, and the graph with it would be.
+        curve = partial(_bridge_curve, *(side.detached for side in (image, text)))
+        return LossValue(
+            loss=loss, metrics=metrics, diagnose=lambda: {**base.diagnose(), **curve()}
+        )
 
     def _terms(
         self, outputs: Outputs, samples: int
@@ -242,7 +247,7 @@ class Objective:
         if structure.consistency.weight:
             if not structure.consistency.views:
                 image, text = Modality(shared=image.shared), Modality(shared=text.shared)
-            value, found = consistency(image, text, self._virtual_batch)
+            value, found = consistency(image, text, self._gathered_batch)
             terms.append((structure.consistency.at(samples), value, found))
         return terms
 
@@ -253,6 +258,11 @@ class Objective:
             return bridge(view, own.shared, other.shared, drawn)
         points = t if isinstance(t, tuple) else (t,)
         return torch.stack([bridge(view, own.shared, other.shared, each) for each in points]).mean()
+
+    @property
+    def needs_text_views(self) -> bool:
+        """Whether a term looks at the captions' views."""
+        return self._structure.needs_text_views
 
     @property
     def _parts(self) -> dict[str, Any]:
@@ -281,11 +291,9 @@ def _bridge_curve(image: Modality, text: Modality) -> dict[str, Tensor]:
     """How far augmented images lie from points t of the bridge; nothing without views."""
     if image.view is None:
         return {}
-    with torch.no_grad():
-        return {
-            name: bridge(image.view, image.shared, text.shared, t)
-            for name, t in BRIDGE_CURVE.items()
-        }
+    return {
+        name: bridge(image.view, image.shared, text.shared, t) for name, t in BRIDGE_CURVE.items()
+    }
 
 
 def build_pretraining(config: Config, tokenizer: Tokenizer) -> Pretraining:
@@ -329,7 +337,7 @@ def build_objective(
     return Objective(
         build_loss(config, plan, embed_dim=embed_dim, rank=rank, world_size=world_size),
         structure,
-        virtual_batch=plan.virtual_batch,
+        gathered_batch=plan.virtual_batch if config.loss.kind == "gamma" else plan.global_batch,
         in_modal=in_modal,
         separation=separation,
     )
@@ -347,13 +355,18 @@ def build_momentum(config: Config, module: Pretraining, device: torch.device) ->
 def _view_contrast(config: Config, plan: Plan) -> GammaLoss:
     """The contrast of samples with their own views: anchors are the samples.
 
-    A gamma loss whatever `loss.kind` is, without prior and partners: nothing leaves a worker.
+    A gamma loss whatever `loss.kind` is, without prior and partners: nothing leaves a worker. It
+    moves the logit scale only beside a loss that does so by the same rule, its own gradient.
     """
+    loss = config.loss
+    is_plain = loss.kind.startswith("infonce") or (
+        loss.kind == "gamma" and loss.scale_rule == "plain"
+    )
     return GammaLoss(
         virtual_batch=plan.virtual_batch,
-        u=config.loss.u,
-        scale_rule=config.loss.scale_rule if config.loss.scale_rule == "fixed" else "plain",
-        max_weight=config.loss.max_weight,
+        u=loss.u,
+        scale_rule="plain" if is_plain else "fixed",
+        max_weight=loss.max_weight,
         one_sided=True,
         precision=_precision(config),
     )

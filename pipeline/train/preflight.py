@@ -19,7 +19,7 @@ from pipeline.data.clean import clean_captions
 from pipeline.data.layout import Catalog, mix, read_captions, read_catalog, read_classes
 from pipeline.data.text import Tokenizer, load_tokenizer, train_tokenizer
 from pipeline.errors import Problem, UserError, raise_problems
-from pipeline.evaluate.suite import Suite, make_recipe
+from pipeline.evaluate.suite import Probed, Suite, make_recipe
 from pipeline.tracking.tracker import check_reachable, tracking_uri
 from pipeline.train.objective import build_pretraining
 from pipeline.train.store import RunFolder, RunRecord
@@ -83,6 +83,7 @@ def prepare(config: Config, record: RunRecord | None = None) -> Prepared:
     catalog = problems.attempt("data.train", lambda: read_train(data))
     val = problems.attempt("data.val", lambda: read_val(config))
     classes = problems.attempt("evaluate.zero_shot", lambda: _read_classes(config, val))
+    probed = problems.attempt("evaluate.linear_probe", lambda: _read_probed(config))
     if data.synonyms is not None:
         problems.attempt("data.synonyms", lambda: read_synonyms(data.synonyms))
     if catalog is not None and tokenizer is None:
@@ -100,7 +101,9 @@ def prepare(config: Config, record: RunRecord | None = None) -> Prepared:
     assert catalog is not None
     assert tokenizer is not None
     assert began is not None
-    suite = _suite(config, tokenizer, val, classes or ()) if val is not None else None
+    suite = None
+    if val is not None:
+        suite = _suite(config, tokenizer, val, classes or (), probed or {})
     config, plan = sizes[config.cluster.max_workers]
     return Prepared(
         config=config,
@@ -159,19 +162,26 @@ def prepare_evaluation(config: Config, tokenizer: Tokenizer) -> Suite:
         )
     val = problems.attempt("data.val", lambda: read_val(config))
     classes = problems.attempt("evaluate.zero_shot", lambda: _read_classes(config, val))
+    probed = problems.attempt("evaluate.linear_probe", lambda: _read_probed(config))
     raise_problems(problems.found, "This evaluation cannot start")
     assert val is not None
-    return _suite(config, tokenizer, val, classes or ())
+    return _suite(config, tokenizer, val, classes or (), probed or {})
 
 
 def _suite(
-    config: Config, tokenizer: Tokenizer, val: Catalog, classes: tuple[tuple[str, ...], ...]
+    config: Config,
+    tokenizer: Tokenizer,
+    val: Catalog,
+    classes: tuple[tuple[str, ...], ...],
+    probed: dict[str, Probed],
 ) -> Suite:
     return Suite(
         config=config.evaluate,
         catalog=val,
         recipe=make_recipe(config, tokenizer, train=False),
         classes=classes,
+        probed=probed,
+        val=config.data.val or "",
         ingest_cpus=config.cluster.ingest_cpus,
     )
 
@@ -267,6 +277,28 @@ def _read_classes(config: Config, val: Catalog | None) -> tuple[tuple[str, ...],
             )
         classes.append(tuple(names))
     return tuple(classes)
+
+
+def _read_probed(config: Config) -> dict[str, Probed]:
+    """The sets that linear probes are fitted to and tested on, by path, with their labels."""
+    data, val = config.data, config.data.val or ""
+    places: dict[str, str] = {}
+    labels: dict[str, list[str]] = {}
+    for index, task in enumerate(config.evaluate.linear_probe):
+        place = f"evaluate.linear_probe.{index}"
+        for path, name in ((task.train, f"{place}.train"), (task.test or val, f"{place}.test")):
+            places.setdefault(path, name)
+            labels.setdefault(path, []).append(task.column)
+    probed = {}
+    for path, place in places.items():
+        columns = list(dict.fromkeys(labels[path]))
+        is_val = path == data.val
+        catalog = read_catalog(
+            path, place, data.image_column, data.caption_column, columns,
+            data.val_split if is_val else "all",
+        )  # fmt: skip
+        probed[path] = Probed(catalog=catalog, labels=tuple(columns))
+    return probed
 
 
 def _read_class_file(path: str, place: str) -> list[str]:

@@ -1,5 +1,6 @@
 """One optimiser step: micro batches in, one update out."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,11 +57,19 @@ def train_step(
         used.append(batch)
         inputs = [
             None if each is None else each.to(engine.device, non_blocking=True)
-            for each in (batch.images, batch.tokens, batch.view_images, batch.view_tokens)
+            for each in (
+                batch.images,
+                batch.tokens,
+                batch.view_images,
+                batch.view_tokens if objective.needs_text_views else None,
+            )
         ]
         outputs = engine(*inputs)
         if momentum is not None:
-            outputs = outputs.seen_by(momentum(*inputs[:2]))
+            images, tokens, *_ = inputs
+            outputs = outputs.seen_by(
+                momentum(images, tokens if objective.needs_text_views else None)
+            )
         value = objective(outputs, batch.keys, samples)
         if engine.any(not bool(value.loss.isfinite())):
             is_finite = False
@@ -72,16 +81,17 @@ def train_step(
             diagnose = value.diagnose
             engine.backward(value.loss)
         grad_norm = engine.step(lr_factor)
-    if momentum is not None:
-        momentum.update(engine, TOWERS)
     if grad_norm is None:
         grad_norm = float("nan")
+    is_finite = is_finite and math.isfinite(grad_norm)
+    if momentum is not None and is_finite:
+        momentum.update(engine, TOWERS)
     return StepResult(
         metrics=_mean(metrics),
         diagnose=diagnose,
         batches=used,
         grad_norm=grad_norm,
-        is_finite=is_finite and grad_norm == grad_norm and grad_norm != float("inf"),
+        is_finite=is_finite,
         waited=waited,
     )
 

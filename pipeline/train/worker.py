@@ -121,7 +121,12 @@ def evaluate_worker(job: EvaluationJob) -> None:
         dtype = torch.bfloat16 if job.config.engine.precision == "bf16" else torch.float32
         module.to(device, dtype).eval()
         metrics, _ = run_suite(
-            job.suite, lambda images, tokens: module(images, tokens).parts, device, world_size, rank
+            job.suite,
+            lambda images, tokens: module(images, tokens).parts,
+            device,
+            world_size,
+            rank,
+            with_probes=True,
         )
     except RunStop as error:
         if rank == 0:
@@ -407,14 +412,21 @@ class _Trainer:
             self.pulse.beat(progress.step, "evaluating")
             return self.engine(images, tokens).parts
 
+        is_last = progress.samples + self.plan.global_batch > self.plan.samples
         metrics, sample = run_suite(
-            self.job.suite, embed, self.engine.device, self.world_size, self.rank
+            self.job.suite,
+            embed,
+            self.engine.device,
+            self.world_size,
+            self.rank,
+            with_probes=is_last,
         )
         self.engine.train(True)
         if self.rank == 0:
             self._record(progress, {f"eval/{name}": value for name, value in metrics.items()})
             self._post("evaluation", step=progress.step, metrics=metrics)
-            self._post("sample", sample=sample)
+            if is_last:
+                self._post("sample", sample=sample)
         self.meter.skip()
 
     def _checkpoint(self, progress: Progress) -> None:

@@ -11,7 +11,8 @@ from jobs.bench.ranks import run_ranks
 from pipeline.config.plan import Facts, make_plan
 from pipeline.config.schema import Config
 from pipeline.engine.zero import Engine
-from pipeline.train.objective import TOWERS, build_momentum, build_objective
+from pipeline.losses.base import LossValue
+from pipeline.train.objective import TOWERS, Outputs, build_momentum, build_objective
 from pipeline.train.step import train_step
 from tests.tiny import tiny_batch, tiny_config, tiny_module
 
@@ -105,8 +106,18 @@ def test_the_copy_is_the_literal_average_and_the_same_everywhere() -> None:
                 torch.testing.assert_close(value, first[name], rtol=1e-3, atol=1e-4)
 
 
+class _NotFinite:
+    """An objective of a step that is skipped."""
+
+    needs_text_views = True
+
+    def __call__(self, outputs: Outputs, keys: torch.Tensor, samples: int) -> LossValue:
+        return LossValue(loss=outputs.image.sum() * float("nan"), metrics={})  # pyright: ignore
+
+
 def _views(path: str) -> tuple[bool, bool, bool]:
-    """Whether views at the start are the embeddings themselves, without gradient; and reload."""
+    """Of the copy: that it begins as the towers and stays so over a skipped step; that its views
+    carry a gradient; that it is read back as it was."""
     config = _config(3, "fp32")
     module, device = tiny_module(config), torch.device("cpu")
     momentum = build_momentum(config, module, device)
@@ -125,7 +136,19 @@ def _views(path: str) -> tuple[bool, bool, bool]:
     same = torch.allclose(seen.image_view, outputs.image, atol=1e-6) and torch.allclose(
         seen.text_view_independent, outputs.text_independent, atol=1e-6
     )
-    momentum.update(engine, TOWERS)
+    before = {name: value.clone() for name, value in momentum.state_dict().items()}
+    train_step(
+        engine,
+        momentum,
+        _NotFinite(),
+        iter([batch]),
+        accumulation=1,
+        lr_factor=1.0,
+        samples=0,  # pyright: ignore[reportArgumentType]
+    )
+    same &= all(torch.equal(value, before[name]) for name, value in momentum.state_dict().items())
+    with torch.no_grad():
+        momentum.state_dict()["logit_scale"].add_(1.0)
     if dist.get_rank() == 0:
         torch.save(momentum.state_dict(), path)
     dist.barrier()

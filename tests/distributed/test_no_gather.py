@@ -76,8 +76,10 @@ def _steps(cases: list[Case]) -> list[tuple[Record, Record]]:
 
 
 def _one_step(stage: int, kind: str, local_batch: int) -> tuple[Record, Record]:
-    """What the loss alone calls, and what a whole step calls."""
-    """`kind`: gathered, gamma, or a gamma loss with every term of the structure."""
+    """What the loss alone calls, and what a whole step calls.
+
+    `kind`: gathered, gamma, or a gamma loss with every term of the structure.
+    """
     structure = EVERY_TERM if kind == "structure" else {}
     config = tiny_config(
         engine={"zero_stage": stage}, loss={"prior": "amortized"}, structure=structure

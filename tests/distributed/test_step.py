@@ -20,6 +20,8 @@ Case = tuple[int, int, tuple[bool, ...]]  # ZeRO stage, micro batches, which are
 class _SometimesBad:
     """The gamma loss, not finite on rank 1 for chosen micro batches."""
 
+    needs_text_views = True
+
     def __init__(self, bad: tuple[bool, ...]):
         self._bad, self._at, self._loss = bad, 0, GammaLoss(virtual_batch=8)
 

@@ -197,7 +197,8 @@ def test_zero_3_in_bf16_with_accumulation_and_every_structure(tmp_path: Path) ->
         "bridge": {"weight": 0.5, "start_samples": 32},
         "consistency": {"weight": 0.1},
     }
-    evaluate = {"every": 3, "max_rows": 21, "embedding": "both"}
+    probe = {"column": "shape", "train": str(tmp_path / "data" / "train"), "modality": "text"}
+    evaluate = {"every": 3, "max_rows": 21, "embedding": "both", "linear_probe": [probe]}
     config = write_run(tmp_path, engine=engine, evaluate=evaluate, structure=structure)
     facts = tmp_path / "facts.json"
     output = run(
@@ -210,6 +211,9 @@ def test_zero_3_in_bf16_with_accumulation_and_every_structure(tmp_path: Path) ->
     first, second = (json.loads(path.read_text())["metrics"] for path in (facts, again))
     assert first.keys() == second.keys()
     assert "geometry/orthogonality_image" in first
+    assert first["linear_probe/shape/accuracy"] > 0
+    assert "linear probe, shape" in output
+    assert len(points(tmp_path / "runs", "eval/linear_probe/shape/chance")) == 1, "at the end only"
     assert "a second, augmented view" in output
     runs = tmp_path / "runs"
     for name in ("bridge_residual_image", "uniformity_text", "cross_modal_asymmetry",

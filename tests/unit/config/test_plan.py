@@ -202,6 +202,11 @@ def test_the_structure_says_what_it_costs() -> None:
     assert "in-modal contrast 0.5, separation 1, bridge 2, consistency 0.25" in sentence
     assert "16 images and captions for 8 pairs" in sentence
     assert plan.loss_bytes_per_step == 0
+    images_alone = tiny_config(structure={"bridge": {"weight": 1.0}}).structure
+    assert images_alone.needs_views
+    assert not images_alone.needs_text_views
+    without_contrast = {"separation": {"weight": 1.0, "contrast": 0.0}}
+    assert not make_plan(tiny_config(structure=without_contrast), FACTS)[0].second_view
     for term in every:
         assert make_plan(tiny_config(structure={term: every[term]}), FACTS)[0].second_view
     slow, _ = make_plan(tiny_config(structure={**every, "views": "momentum"}), FACTS)
@@ -212,10 +217,16 @@ def test_the_structure_says_what_it_costs() -> None:
 
 
 def test_independent_features_must_be_made_to_be_used() -> None:
-    evaluate = {"embedding": "both"}
+    evaluate: dict[str, Any] = {"embedding": "both"}
     assert _places(tiny_config(evaluate=evaluate)) == ["evaluate.embedding"]
     separation = {"separation": {"weight": 1.0}}
     assert _places(tiny_config(evaluate=evaluate, structure=separation)) == []
+
+
+def test_a_probe_needs_rows_to_be_tested_on_and_a_column_of_its_own() -> None:
+    probe = {"column": "shape", "train": "somewhere"}
+    config = tiny_config(evaluate={"linear_probe": [probe, {**probe, "test": "elsewhere"}]})
+    assert _places(config) == ["evaluate.linear_probe", "evaluate.linear_probe.0.test"]
 
 
 def test_a_term_rises_from_its_start() -> None:

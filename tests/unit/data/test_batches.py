@@ -181,7 +181,6 @@ def test_both_views_of_a_large_jpeg_come_from_one_decode(monkeypatch: pytest.Mon
     whole, part = decode_train(data, PINK, 32, crops)
     assert factors == [2]
     again = RandomCrop((0.9, 0.9), 0.0, np.random.default_rng(1))
-    assert factors == [2]
     alone = decode_train(data, PINK, 32, [again])[0]
     assert factors[1] > 2
     assert np.abs(whole.astype(int) - alone).mean() < 6

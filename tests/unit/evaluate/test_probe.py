@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.evaluate.probe import _fit, linear_probe
+from pipeline.errors import RunStop
+from pipeline.evaluate.probe import _fit, chance, linear_probe
 
 
 def _clusters(rows: int, noise: float, seed: int) -> tuple[torch.Tensor, list[str]]:
@@ -58,3 +59,15 @@ def test_the_fit_is_a_stationary_point_of_the_penalised_loss() -> None:
 
 def _numbers(labels: list[str]) -> torch.Tensor:
     return torch.tensor([int(label[-1]) for label in labels])
+
+
+def test_too_little_to_fit_or_to_test_is_refused() -> None:
+    x, y = _clusters(30, 0.1, 0)
+    with pytest.raises(RunStop, match="30 training rows of 1 class"):
+        linear_probe(x, ["same"] * 30, x, y)
+    with pytest.raises(RunStop, match="0 test rows"):
+        linear_probe(x, y, x, [""] * 30)
+
+
+def test_chance_is_the_commonest_label() -> None:
+    assert chance(["a", "a", "b", ""]) == pytest.approx(2 / 3)
