@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from pipeline.config.load import parse_config
+from pipeline.config.plan import Facts
 from pipeline.config.schema import Config
 from pipeline.data.batches import Batch
 from pipeline.data.text import Tokenizer, train_tokenizer
@@ -33,6 +34,19 @@ def tiny_values(**sections: dict[str, Any]) -> dict[str, Any]:
 
 def tiny_config(**sections: dict[str, Any]) -> Config:
     return parse_config(tiny_values(**sections), "tiny")
+
+
+def tiny_facts(rows: int = 99, embed_dim: int = 16) -> Facts:
+    """Facts of a data set of so many rows, for a plan."""
+    return Facts(
+        train_rows=rows,
+        epoch_rows=rows,
+        row_groups=1,
+        val_rows=0,
+        vocab_size=300,
+        num_parameters=1,
+        embed_dim=embed_dim,
+    )
 
 
 def tiny_tokenizer() -> Tokenizer:

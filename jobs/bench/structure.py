@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,23 @@ from pipeline.data.image import BadImage, RandomCrop, decode, decode_train, eval
 from pipeline.data.layout import as_captions, read_catalog
 from pipeline.data.private import OWNERS, TEXTURES
 from pipeline.data.text import Tokenizer, train_tokenizer
+from pipeline.engine.momentum import Momentum
 from pipeline.engine.optimizer import parameter_groups
 from pipeline.engine.schedule import lr_factor
 from pipeline.evaluate.embed import Parts
 from pipeline.evaluate.probe import linear_probe
 from pipeline.evaluate.retrieval import retrieval
 from pipeline.evaluate.zero_shot import class_embeddings, zero_shot
+from pipeline.losses.base import LossValue
 from pipeline.losses.structure import geometry, independent_geometry
-from pipeline.train.objective import Outputs, build_objective, build_pretraining
+from pipeline.train.objective import (
+    Objective,
+    Outputs,
+    Pretraining,
+    build_momentum,
+    build_objective,
+    build_pretraining,
+)
 
 WHITE = (255, 255, 255)
 WORKERS, LOCAL = 2, 64
@@ -491,11 +501,14 @@ def missed_goals(found: dict[str, Any]) -> list[str]:
 # ---- what a step costs ---------------------------------------------------------------------------
 
 
+COSTED = {**VARIANTS, "all, momentum": {**VARIANTS["all"], "views": "momentum"}}
+
+
 def overhead(repetitions: int) -> dict[str, dict[str, float]]:
-    """Seconds of forward, loss and backward, and bytes kept for backward; the demo's towers."""
+    """Milliseconds of forward, loss and backward, and bytes kept for it; the demo's towers."""
     parts: dict[str, Callable[[], None]] = {}
     kept: dict[str, float] = {}
-    for variant, structure in VARIANTS.items():
+    for variant, structure in COSTED.items():
         values = {
             "name": "cost",
             "data": {"train": "nowhere", "vocab_size": 400},
@@ -510,6 +523,7 @@ def overhead(repetitions: int) -> dict[str, dict[str, float]]:
         }
         config = parse_config(values, "cost")
         module = build_pretraining(config, train_tokenizer(["a cat", "a dog"], 300))
+        momentum = build_momentum(config, module, torch.device("cpu"))
         facts = Facts(train_rows=10**6, epoch_rows=10**6, row_groups=1, val_rows=0,
                       vocab_size=300, num_parameters=1, embed_dim=128)  # fmt: skip
         plan, _ = make_plan(config, facts)
@@ -517,10 +531,8 @@ def overhead(repetitions: int) -> dict[str, dict[str, float]]:
         inputs = [torch.randint(0, 256, (BATCH, 32, 32, 3), dtype=torch.uint8),
                   torch.randint(4, 250, (BATCH, 24))] * (1 + plan.second_view)  # fmt: skip
 
-        def step(module: Any = module, objective: Any = objective, inputs: Any = inputs) -> None:
-            objective(module(*inputs), torch.arange(BATCH), 0).loss.backward()
-
-        parts[variant] = step
+        forward = partial(_value, module, momentum, objective, inputs)
+        parts[variant] = partial(_backward, forward)
         total = 0
 
         def count(tensor: Tensor) -> Tensor:
@@ -529,7 +541,7 @@ def overhead(repetitions: int) -> dict[str, dict[str, float]]:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            objective(module(*inputs), torch.arange(BATCH), 0)
+            forward()
         kept[variant] = float(total)
     times: dict[str, list[float]] = {variant: [] for variant in parts}
     for _ in range(repetitions + 1):
@@ -549,6 +561,19 @@ def overhead(repetitions: int) -> dict[str, dict[str, float]]:
         }
         for variant in parts
     }
+
+
+def _value(
+    module: Pretraining, momentum: Momentum | None, objective: Objective, inputs: list[Tensor]
+) -> LossValue:
+    outputs = module(*inputs)
+    if momentum is not None:
+        outputs = outputs.seen_by(momentum(*inputs[:2]))
+    return objective(outputs, torch.arange(BATCH), 0)
+
+
+def _backward(forward: Callable[[], LossValue]) -> None:
+    forward().loss.backward()
 
 
 def main() -> None:
@@ -577,8 +602,43 @@ def main() -> None:
     runs = tuning_runs() if options.tune else study_runs(list(tasks), 1 if options.quick else SEEDS)
     file = options.out / f"{'tuning' if options.tune else 'runs'}-{rows}.jsonl"
     found = report(carry_out(runs, tasks, file), list(tasks))
+    if options.figure is not None and not options.tune:
+        draw(found, list(tasks), options.figure)
     missed = [] if options.tune else missed_goals(found)
     conclude({"overhead": costs, "found": found}, missed, options.json)
+
+
+SHOWN = {
+    "scenes": ("recall@10", "zero-shot shape", "probe shape (both)", "probe texture (both)"),
+    "emoji": ("recall@10", "zero-shot keyword", "probe keyword (both)"),
+    "photos": ("recall@10", "zero-shot book", "probe book (both)"),
+}
+
+
+def draw(found: dict[str, Any], tasks: Sequence[str], file: Path) -> None:
+    """Draw how far each variant is from the base, in points, with the spread over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    others = [variant for variant in VARIANTS if variant != "base"]
+    for axes, task in zip(panels, tasks, strict=True):
+        names = SHOWN[task]
+        for index, variant in enumerate(others):
+            gains = [
+                np.subtract(found[f"{task}/{variant}/{name}"], found[f"{task}/base/{name}"])
+                for name in names
+            ]
+            places = np.arange(len(names)) + 0.16 * (index - (len(others) - 1) / 2)
+            axes.bar(places, [gain.mean() for gain in gains], 0.16, label=variant,
+                     yerr=[gain.std() for gain in gains], error_kw={"linewidth": 0.8})  # fmt: skip
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_xticks(np.arange(len(names)), names, rotation=20, ha="right", fontsize=8)
+        axes.set_title(task, fontsize=10)
+        axes.grid(alpha=0.3, axis="y")
+    panels[0].set_ylabel("points above the base, equal samples")
+    panels[-1].legend(fontsize=8)
+    figure.savefig(file, dpi=120)
 
 
 if __name__ == "__main__":

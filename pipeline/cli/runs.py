@@ -126,8 +126,9 @@ def headline(metrics: dict[str, float]) -> list[tuple[str, float, float]]:
     for kind, label in (("zero_shot", "zero-shot accuracy"), ("linear_probe", "linear probe")):
         for name, value in metrics.items():
             if name.startswith(f"{kind}/") and name.endswith("/accuracy"):
-                column = name.split("/")[1]
-                rows.append((f"{label}, {column}", value, metrics[f"{kind}/{column}/chance"]))
+                _, column, *shots = name.removesuffix("/accuracy").split("/")
+                of = ", ".join([column, *(part.replace("_", " ") for part in shots)])
+                rows.append((f"{label}, {of}", value, metrics[f"{kind}/{column}/chance"]))
     for way, label in (("text_to_image", "text to image"), ("image_to_text", "image to text")):
         value = metrics.get(f"retrieval/{way}_recall_at_1")
         if value is not None:

@@ -490,6 +490,11 @@ class LinearProbeTask(Section):
     modality: Literal["image", "text"] = Field(
         default="image", description="Whose embeddings are classified."
     )
+    shots: tuple[PositiveInt, ...] = Field(
+        default=(),
+        description="Few-shot too: fitted to so many rows a class, three times drawn anew; the "
+        "usual ones are 5, 20, 50.",
+    )
 
 
 class EvaluateConfig(Section):

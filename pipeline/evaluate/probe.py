@@ -1,8 +1,12 @@
-"""Linear probe: how much of a label a linear classifier finds in frozen embeddings."""
+"""Linear probe: how much of a label a linear classifier finds in frozen embeddings.
+
+Fitted to all labelled rows, or to few of each class.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -12,6 +16,7 @@ from pipeline.errors import RunStop
 
 PENALTIES = tuple(10.0**power for power in range(-6, 2))  # of the squared weights
 HELD_BACK = 5  # one row in so many of the training rows chooses the penalty
+DRAWS = 3  # of the rows of a few-shot probe
 MOST_STEPS = 200  # of L-BFGS
 
 
@@ -53,6 +58,33 @@ def linear_probe(
         ),
     )
     return _accuracy(_fit(x, y, len(classes), best), others, truth)
+
+
+def few_shot(
+    train: Float[Tensor, "rows dim"],
+    train_labels: Sequence[str],
+    test: Float[Tensor, "others dim"],
+    test_labels: Sequence[str],
+    shots: int,
+) -> tuple[float, float]:
+    """Give mean and standard deviation of the probe's accuracy over `DRAWS` draws of its rows.
+
+    Each draw has `shots` rows of every class, or all where a class has fewer; draw k is the same
+    for every model, so that models are compared on the same rows. Raises as `linear_probe`.
+    """
+    accuracies = []
+    for draw in range(DRAWS):
+        order = np.random.default_rng(draw).permutation(len(train_labels))
+        taken: Counter[str] = Counter()
+        rows: list[int] = []
+        for row in map(int, order):
+            label = train_labels[row]
+            if label and taken[label] < shots:
+                taken[label] += 1
+                rows.append(row)
+        chosen = [train_labels[row] for row in rows]
+        accuracies.append(linear_probe(train[rows], chosen, test, test_labels, seed=draw))
+    return float(np.mean(accuracies)), float(np.std(accuracies))
 
 
 def chance(labels: Sequence[str]) -> float:

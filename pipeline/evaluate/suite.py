@@ -8,13 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.config.schema import Config, EvaluateConfig
+from pipeline.config.schema import Config, EvaluateConfig, LinearProbeTask
 from pipeline.data.batches import eval_batches
 from pipeline.data.decode import Recipe, View
 from pipeline.data.layout import Catalog
 from pipeline.data.text import Tokenizer
 from pipeline.evaluate.embed import Embedded, Forward, embed_rows
-from pipeline.evaluate.probe import chance, linear_probe
+from pipeline.evaluate.probe import chance, few_shot, linear_probe
 from pipeline.evaluate.retrieval import retrieval
 from pipeline.evaluate.zero_shot import class_embeddings, zero_shot
 from pipeline.losses.structure import geometry, independent_geometry
@@ -137,14 +137,21 @@ def run_suite(
 
 def _probe(suite: Suite, found: Mapping[str, Embedded]) -> Iterator[tuple[str, float]]:
     for task in suite.config.linear_probe:
-        sets = []
-        for path in (task.train, task.test or suite.val):
+
+        def labelled(path: str, task: LinearProbeTask = task) -> tuple[Tensor, list[str]]:
             rows = found[path]
             image, text = rows.chosen(suite.config.embedding)
             features = image if task.modality == "image" else text[rows.first_captions]
-            sets += [features, rows.labels[task.column]]
-        yield f"linear_probe/{task.column}/accuracy", linear_probe(*sets)
-        yield f"linear_probe/{task.column}/chance", chance(sets[3])
+            return features, rows.labels[task.column]
+
+        sets = *labelled(task.train), *labelled(task.test or suite.val)
+        name = f"linear_probe/{task.column}"
+        yield f"{name}/accuracy", linear_probe(*sets)
+        yield f"{name}/chance", chance(sets[3])
+        for shots in task.shots:
+            mean, spread = few_shot(*sets, shots=shots)
+            yield f"{name}/{shots}_shots/accuracy", mean
+            yield f"{name}/{shots}_shots/spread", spread
 
 
 def _measure(

@@ -8,24 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jobs.bench.ranks import run_ranks
-from pipeline.config.plan import Facts, make_plan
+from pipeline.config.plan import make_plan
 from pipeline.config.schema import LossKind
 from pipeline.losses.base import Loss, State
 from pipeline.train.objective import build_loss
 from tests.dense_comparators import DenseFastCLIP, dense_infonce, dense_sigmoid
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_facts
 
 GLOBAL_BATCH, DIM, ROWS, STEPS = 12, 6, 18, 4
 GAMMA, RHO = 0.6, 0.8
-FACTS = Facts(
-    train_rows=ROWS,
-    epoch_rows=ROWS,
-    row_groups=1,
-    val_rows=0,
-    vocab_size=300,
-    num_parameters=1,
-    embed_dim=DIM,
-)
+FACTS = tiny_facts(ROWS, DIM)
 KINDS = [kind for kind in get_args(LossKind) if kind != "gamma"]
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from jobs.bench.ranks import run_ranks
-from pipeline.config.plan import Facts, make_plan
+from pipeline.config.plan import make_plan
 from pipeline.config.schema import Config
 from pipeline.engine.zero import Engine
 from pipeline.train.objective import Objective, build_objective
 from tests.dense_comparators import DenseFastCLIP, dense_infonce, dense_sigmoid
-from tests.tiny import tiny_config, tiny_module, tiny_pairs
+from tests.tiny import tiny_config, tiny_facts, tiny_module, tiny_pairs
 
 GLOBAL_BATCH = 8
 STAGES = (0, 1, 2, 3)
@@ -40,15 +40,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
 STRUCTURES["gamma-everything"] = {
     name: value for structure in STRUCTURES.values() for name, value in structure.items()
 }
-FACTS = Facts(
-    train_rows=GLOBAL_BATCH,
-    epoch_rows=GLOBAL_BATCH,
-    row_groups=1,
-    val_rows=0,
-    vocab_size=300,
-    num_parameters=1,
-    embed_dim=16,
-)
+FACTS = tiny_facts(GLOBAL_BATCH)
 CASES: list[Case] = [(stage, kind, 1) for kind in list(LOSSES)[:3] for stage in STAGES]
 CASES += [(1, kind, 1) for kind in list(LOSSES)[3:-1]]
 CASES += [(stage, "gamma-everything", 1) for stage in STAGES]

@@ -8,24 +8,17 @@ import torch
 import torch.distributed as dist
 
 from jobs.bench.ranks import run_ranks
-from pipeline.config.plan import Facts, make_plan
+from pipeline.config.plan import make_plan
 from pipeline.config.schema import Config
+from pipeline.engine.momentum import Momentum
 from pipeline.engine.zero import Engine
 from pipeline.losses.base import LossValue
 from pipeline.train.objective import TOWERS, Outputs, build_momentum, build_objective
 from pipeline.train.step import train_step
-from tests.tiny import tiny_batch, tiny_config, tiny_module
+from tests.tiny import tiny_batch, tiny_config, tiny_facts, tiny_module
 
 DECAY, STEPS = 0.9, 3
-FACTS = Facts(
-    train_rows=99,
-    epoch_rows=99,
-    row_groups=1,
-    val_rows=0,
-    vocab_size=300,
-    num_parameters=1,
-    embed_dim=16,
-)
+FACTS = tiny_facts()
 Case = tuple[int, str]  # ZeRO stage, precision
 CASES: list[Case] = [(stage, "fp32") for stage in (0, 1, 2, 3)] + [(1, "bf16"), (3, "bf16")]
 
@@ -43,16 +36,8 @@ def _config(stage: int, precision: str) -> Config:
     )
 
 
-def _train(cases: list[Case]) -> list[tuple[dict[str, Any], dict[str, Any], list[float]]]:
-    return [_train_one(*case) for case in cases]
-
-
-def _train_one(stage: int, precision: str) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
-    """The copy after some steps, the literal average of the weights after each, the losses."""
-    config = _config(stage, precision)
-    plan, _ = make_plan(config, FACTS)
+def _start(config: Config) -> tuple[Momentum, Engine]:
     module, device = tiny_module(config), torch.device("cpu")
-    literal = {name: value.clone() for name, value in module.towers.state_dict().items()}
     momentum = build_momentum(config, module, device)
     assert momentum is not None
     engine = Engine(
@@ -63,6 +48,19 @@ def _train_one(stage: int, precision: str) -> tuple[dict[str, Any], dict[str, An
         accumulation=1,
         device=device,
     )
+    return momentum, engine
+
+
+def _train(cases: list[Case]) -> list[tuple[dict[str, Any], dict[str, Any], list[float]]]:
+    return [_train_one(*case) for case in cases]
+
+
+def _train_one(stage: int, precision: str) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
+    """The copy after some steps, the literal average of the weights after each, the losses."""
+    config = _config(stage, precision)
+    plan, _ = make_plan(config, FACTS)
+    momentum, engine = _start(config)
+    literal = {name: value.clone() for name, value in momentum.state_dict().items()}
     objective = build_objective(config, plan, embed_dim=16, rank=0, world_size=1)
     losses = []
     for step in range(STEPS):
@@ -119,17 +117,7 @@ def _views(path: str) -> tuple[bool, bool, bool]:
     """Of the copy: that it begins as the towers and stays so over a skipped step; that its views
     carry a gradient; that it is read back as it was."""
     config = _config(3, "fp32")
-    module, device = tiny_module(config), torch.device("cpu")
-    momentum = build_momentum(config, module, device)
-    assert momentum is not None
-    engine = Engine(
-        module,
-        engine=config.engine,
-        optim=config.optim,
-        micro_batch=4,
-        accumulation=1,
-        device=device,
-    )
+    momentum, engine = _start(config)
     batch = tiny_batch(4, rows=4)
     outputs = engine(batch.images, batch.tokens)
     seen = outputs.seen_by(momentum(batch.images, batch.tokens))
@@ -152,8 +140,7 @@ def _views(path: str) -> tuple[bool, bool, bool]:
     if dist.get_rank() == 0:
         torch.save(momentum.state_dict(), path)
     dist.barrier()
-    other = build_momentum(config, tiny_module(config), device)
-    assert other is not None
+    other, _ = _start(config)
     other.load_state_dict(torch.load(path, weights_only=True))
     states = zip(other.state_dict().values(), momentum.state_dict().values(), strict=True)
     return same, seen.image_view.requires_grad, all(torch.equal(*pair) for pair in states)

@@ -10,24 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from jobs.bench.ranks import run_ranks
-from pipeline.config.plan import Facts, loss_bytes, make_plan
+from pipeline.config.plan import loss_bytes, make_plan
 from pipeline.config.schema import LossKind
 from pipeline.engine.zero import Engine
 from pipeline.losses.contrastive import InfoNCEGathered
 from pipeline.train.objective import build_loss, build_objective
-from tests.tiny import tiny_config, tiny_module, tiny_pairs
+from tests.tiny import tiny_config, tiny_facts, tiny_module, tiny_pairs
 
 Case = tuple[int, str, int]  # ZeRO stage, loss, local batch
 LOCAL, DIM = 3, 10
-FACTS = Facts(
-    train_rows=99,
-    epoch_rows=99,
-    row_groups=1,
-    val_rows=0,
-    vocab_size=300,
-    num_parameters=1,
-    embed_dim=DIM,
-)
+FACTS = tiny_facts(embed_dim=DIM)
 EVERY_TERM = {
     "in_modal": 0.5,
     "separation": {"weight": 1.0},

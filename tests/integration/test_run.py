@@ -197,7 +197,8 @@ def test_zero_3_in_bf16_with_accumulation_and_every_structure(tmp_path: Path) ->
         "bridge": {"weight": 0.5, "start_samples": 32},
         "consistency": {"weight": 0.1},
     }
-    probe = {"column": "shape", "train": str(tmp_path / "data" / "train"), "modality": "text"}
+    probe = {"column": "shape", "train": str(tmp_path / "data" / "train"), "modality": "text",
+             "shots": [5]}  # fmt: skip
     evaluate = {"every": 3, "max_rows": 21, "embedding": "both", "linear_probe": [probe]}
     config = write_run(tmp_path, engine=engine, evaluate=evaluate, structure=structure)
     facts = tmp_path / "facts.json"
@@ -212,7 +213,7 @@ def test_zero_3_in_bf16_with_accumulation_and_every_structure(tmp_path: Path) ->
     assert first.keys() == second.keys()
     assert "geometry/orthogonality_image" in first
     assert first["linear_probe/shape/accuracy"] > 0
-    assert "linear probe, shape" in output
+    assert "linear probe, shape, 5 shots" in output
     assert len(points(tmp_path / "runs", "eval/linear_probe/shape/chance")) == 1, "at the end only"
     assert "a second, augmented view" in output
     runs = tmp_path / "runs"

@@ -103,6 +103,8 @@ def _write(folder: Path, nodes: _Nodes, **cluster: Any) -> Path:
         train={"global_batch": BATCH, "epochs": EPOCHS, "checkpoint_every": 8, "log_every": 1},
         data={"val": None},
         evaluate={"zero_shot": []},
+        # All that has state of its own: slow towers, a running mean, auxiliaries.
+        structure={"views": "momentum", "in_modal": 0.5, "separation": {"weight": 0.5}},
         cluster=settings,
     )
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.errors import RunStop
-from pipeline.evaluate.probe import _fit, chance, linear_probe
+from pipeline.evaluate.probe import DRAWS, _fit, chance, few_shot, linear_probe
 
 
 def _clusters(rows: int, noise: float, seed: int) -> tuple[torch.Tensor, list[str]]:
@@ -71,3 +71,39 @@ def test_too_little_to_fit_or_to_test_is_refused() -> None:
 
 def test_chance_is_the_commonest_label() -> None:
     assert chance(["a", "a", "b", ""]) == pytest.approx(2 / 3)
+
+
+def test_few_shots_are_few_rows_of_each_class_and_the_same_for_every_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, y = _clusters(90, 0.1, 0)
+    y[::9] = [""] * 10
+    sizes = {name: y.count(name) for name in set(y) - {""}}
+    seen: list[list[int]] = []
+
+    def spy(train: torch.Tensor, labels: list[str], *rest: object, seed: int) -> float:
+        rows = [int((x == row).all(1).nonzero()) for row in train]
+        assert [y[row] for row in rows] == labels
+        seen.append(rows)
+        return 0.5 + seed / 10
+
+    monkeypatch.setattr("pipeline.evaluate.probe.linear_probe", spy)
+    mean, spread = few_shot(x, y, x, y, shots=4)
+    assert (mean, spread) == (pytest.approx(0.6), pytest.approx(np.std([0.5, 0.6, 0.7])))
+    few_shot(x, y, x, y, shots=4)
+    assert seen[:DRAWS] == seen[DRAWS:]
+    assert seen[0] != seen[1]
+    for rows in seen:
+        assert {name: [y[row] for row in rows].count(name) for name in sizes} == dict.fromkeys(
+            sizes, 4
+        )
+    seen.clear()
+    few_shot(x, y, x, y, shots=1000)
+    assert all(len(rows) == sum(sizes.values()) for rows in seen)
+
+
+def test_more_shots_say_more() -> None:
+    x, y = _clusters(300, 0.6, 0)
+    others, truth = _clusters(300, 0.6, 1)
+    few, many = (few_shot(x, y, others, truth, shots)[0] for shots in (2, 80))
+    assert few < many <= linear_probe(x, y, others, truth) + 0.03

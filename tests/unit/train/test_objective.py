@@ -6,24 +6,16 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from pipeline.config.plan import Facts, make_plan
+from pipeline.config.plan import make_plan
 from pipeline.config.schema import LossKind
 from pipeline.engine.optimizer import parameter_groups
 from pipeline.losses import contrastive
 from pipeline.losses.gamma import GammaLoss
 from pipeline.losses.structure import bridge, consistency
 from pipeline.train.objective import BRIDGE_CURVE, Objective, Outputs, build_loss, build_objective
-from tests.tiny import tiny_config, tiny_module, tiny_pairs
+from tests.tiny import tiny_config, tiny_facts, tiny_module, tiny_pairs
 
-FACTS = Facts(
-    train_rows=20,
-    epoch_rows=20,
-    row_groups=1,
-    val_rows=0,
-    vocab_size=300,
-    num_parameters=1,
-    embed_dim=16,
-)
+FACTS = tiny_facts(20)
 CLASSES = {
     "gamma": GammaLoss,
     "infonce_local": contrastive.InfoNCELocal,
