@@ -14,7 +14,7 @@ from pipeline.config.plan import loss_bytes, make_plan
 from pipeline.config.schema import LossKind
 from pipeline.engine.zero import Engine
 from pipeline.losses.contrastive import InfoNCEGathered
-from pipeline.train.objective import build_loss, build_objective
+from pipeline.train.objective import TOWERS, build_loss, build_momentum, build_objective
 from tests.tiny import tiny_config, tiny_facts, tiny_module, tiny_pairs
 
 Case = tuple[int, str, int]  # ZeRO stage, loss, local batch
@@ -70,19 +70,22 @@ def _steps(cases: list[Case]) -> list[tuple[Record, Record]]:
 def _one_step(stage: int, kind: str, local_batch: int) -> tuple[Record, Record]:
     """What the loss alone calls, and what a whole step calls.
 
-    `kind`: gathered, gamma, or a gamma loss with every term of the structure.
+    `kind`: gathered, gamma, or a gamma loss with every term of the structure on augmented views, or
+    on those of slow towers.
     """
-    structure = EVERY_TERM if kind == "structure" else {}
+    structure = {} if kind in ("gamma", "gathered") else {**EVERY_TERM, "views": kind}
     config = tiny_config(
         engine={"zero_stage": stage}, loss={"prior": "amortized"}, structure=structure
     )
+    module, device = tiny_module(config), torch.device("cpu")
+    momentum = build_momentum(config, module, device)
     engine = Engine(
-        tiny_module(config),
+        module,
         engine=config.engine,
         optim=config.optim,
         micro_batch=local_batch,
         accumulation=1,
-        device=torch.device("cpu"),
+        device=device,
     )
     plan, _ = make_plan(config, FACTS)
     objective = build_objective(
@@ -91,14 +94,18 @@ def _one_step(stage: int, kind: str, local_batch: int) -> tuple[Record, Record]:
     if kind == "gathered":
         objective.contrast = InfoNCEGathered()
     inputs = list(tiny_pairs(local_batch))
-    if kind == "structure":
+    if kind == "augmented":
         inputs += tiny_pairs(local_batch, seed=1)
     with _Recorder() as step:
         outputs = engine(*inputs)
+        if momentum is not None:
+            outputs = outputs.seen_by(momentum(*inputs))
         with _Recorder() as of_loss:
             value = objective(outputs, torch.arange(local_batch), 0)
         engine.backward(value.loss)
         engine.step(1.0)
+        if momentum is not None:
+            momentum.update(engine, TOWERS)
     return dict(of_loss.calls), dict(step.calls)
 
 
@@ -106,7 +113,7 @@ def _one_step(stage: int, kind: str, local_batch: int) -> tuple[Record, Record]:
 def two_workers() -> dict[Case, tuple[Record, Record]]:
     cases = [
         (stage, kind, batch)
-        for kind in ("gamma", "structure")
+        for kind in ("gamma", "augmented", "momentum")
         for stage in (0, 1, 2, 3)
         for batch in (4, 16)
     ]
@@ -115,12 +122,12 @@ def two_workers() -> dict[Case, tuple[Record, Record]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["gamma", "structure"])
+@pytest.mark.parametrize("kind", ["gamma", "augmented", "momentum"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_gamma_loss_calls_no_collective_and_the_step_ignores_the_batch(
     two_workers: dict[Case, tuple[Record, Record]], stage: int, kind: str
 ) -> None:
-    """Nor does any term of the structure."""
+    """Nor does any term of the structure; slow towers follow by the parameters' own collectives."""
     of_loss, step = two_workers[stage, kind, 4]
     of_larger_loss, larger_step = two_workers[stage, kind, 16]
     assert of_loss == of_larger_loss == {}
