@@ -181,11 +181,11 @@ class Decode:
             name: table.column(name).to_numpy()
             for name in ("epoch", "turn", "position", "shard", "row_group", "row", "ordinal")
         }
-        size = recipe.image_size
-        images = [np.empty((rows, size, size, 3), dtype=np.uint8) for _ in recipe.views]
+        size, views = recipe.image_size, recipe.views
+        images = [np.empty((rows, size, size, 3), dtype=np.uint8) for _ in views]
         reasons = np.full(rows, GOOD, dtype=np.int8)
         cleaned = np.zeros(rows, dtype=np.bool_)
-        texts: list[list[str]] = [[] for _ in recipe.views]
+        texts: list[list[str]] = [[] for _ in views]
         more: list[list[str]] = []
         captions_of = table.column("caption").to_pylist()
         absences = table.column("absence").to_pylist()
@@ -198,7 +198,7 @@ class Decode:
             # picture is decoded larger.)
             rngs = [
                 np.random.default_rng([recipe.seed, *place, *([index] if index else [])])
-                for index in range(len(recipe.views))
+                for index in range(len(views))
             ]
             captions = as_captions(captions_of[row])
             if recipe.clean_captions:
@@ -216,7 +216,7 @@ class Decode:
                 reasons[row] = REASONS.index(reason)
             captions = captions or [""]
             drawn = int(rngs[0].integers(len(captions))) if recipe.train else 0
-            for index, view in enumerate(recipe.views):
+            for index, view in enumerate(views):
                 images[index][row] = pixels[index] if pixels else 0
                 text = captions[drawn]
                 if recipe.train and reason is None:
