@@ -25,7 +25,8 @@ def _build(**model) -> TwoTower:
 
 def test_embeddings_have_unit_norm_and_the_scale_its_first_value() -> None:
     images, tokens = tiny_pairs(3)
-    image, text, scale = _build()(images, tokens)
+    image, text, scale, *independent = _build()(images, tokens)
+    assert independent == [None, None], "only where they are asked for"
     assert image.shape == text.shape == (3, 16)
     torch.testing.assert_close(image.norm(dim=1), torch.ones(3))
     assert scale.item() == pytest.approx(1 / 0.07, rel=1e-5)
