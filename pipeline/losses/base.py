@@ -23,6 +23,12 @@ class LossValue:
     diagnose: Callable[[], dict[str, Tensor]] = field(default=dict)
 
 
+def own_or_mean(states: Sequence[State], rank: int, world_size: int) -> State:
+    """This worker's numbers, or the mean of all workers' when their number has changed."""
+    chosen = [states[rank]] if len(states) == world_size else states
+    return {name: sum(state[name] for state in chosen) / len(chosen) for name in chosen[0]}
+
+
 class Stateful(Protocol):
     """What has running state on each worker, measured there."""
 

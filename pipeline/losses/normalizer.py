@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.losses.base import State
+from pipeline.losses.base import State, own_or_mean
 
 LARGEST_MISS = 3.0  # in log units: beyond it the deviance grows linearly, so gradients stay small
 
@@ -75,9 +75,8 @@ class Evidence:
 
     def load_state_dict(self, states: Sequence[State], rank: int, world_size: int) -> None:
         """Read this worker's numbers, or the mean of all when the number of workers changed."""
-        chosen = [states[rank]] if len(states) == world_size else states
-        for name in ("sampling", "miss", "weight"):
-            setattr(self, name, sum(state[name] for state in chosen) / len(chosen))
+        state = own_or_mean(states, rank, world_size)
+        self.sampling, self.miss, self.weight = state["sampling"], state["miss"], state["weight"]
 
 
 class CountedEvidence(Evidence):

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.losses.base import State
+from pipeline.losses.base import State, own_or_mean
 from pipeline.losses.carry import carry, wide
 from pipeline.losses.gamma import GammaLoss
 from pipeline.losses.pairs import BLOCK_ROWS, LocalPairs
@@ -124,9 +124,8 @@ class Uniformity:
 
     def load_state_dict(self, states: Sequence[State], rank: int, world_size: int) -> None:
         """Read this worker's numbers, or the mean of all when the number of workers changed."""
-        chosen = [states[rank]] if len(states) == world_size else states
-        for name in ("mean", "weight"):
-            setattr(self, name, sum(state[name] for state in chosen) / len(chosen))
+        state = own_or_mean(states, rank, world_size)
+        self.mean, self.weight = state["mean"], state["weight"]
 
 
 def _log_potential(
