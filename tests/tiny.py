@@ -9,7 +9,7 @@ from pipeline.config.plan import Facts
 from pipeline.config.schema import Config
 from pipeline.data.batches import Batch
 from pipeline.data.text import Tokenizer, train_tokenizer
-from pipeline.train.objective import Pretraining, build_pretraining
+from pipeline.train.module import FusionPretraining, Pretraining, build_pretraining
 
 CAPTIONS = ["a small red circle", "a large blue square", "a green star above a gray cross"]
 
@@ -49,11 +49,14 @@ def tiny_facts(rows: int = 99, embed_dim: int = 16) -> Facts:
     )
 
 
+FUSION: dict[str, Any] = {"kind": "fusion", "fusion": {"layers": 2, "dropout": 0.0}}  # a model
+
+
 def tiny_tokenizer() -> Tokenizer:
     return train_tokenizer(CAPTIONS, 300)
 
 
-def tiny_module(config: Config) -> Pretraining:
+def tiny_module(config: Config) -> Pretraining | FusionPretraining:
     """A module whose text and image embeddings differ between pairs from the start."""
     module = build_pretraining(config, tiny_tokenizer())
     with torch.no_grad():

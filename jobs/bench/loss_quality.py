@@ -42,7 +42,8 @@ from pipeline.losses.gamma import Features, GammaLoss, Opened, ScaleRule, Weight
 from pipeline.losses.normalizer import CountedEvidence, Evidence
 from pipeline.losses.pairs import LocalPairs
 from pipeline.losses.priors import AmortizedPrior, HistoryPrior, Prior, QueuePrior
-from pipeline.train.objective import LOGIT_BIAS_INIT, STATELESS
+from pipeline.train.module import LOGIT_BIAS_INIT
+from pipeline.train.objective import STATELESS
 
 SIDE, DIM, LENGTH = 32, 64, 48
 WARMUP_STEPS = 40

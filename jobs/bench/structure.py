@@ -53,14 +53,8 @@ from pipeline.evaluate.retrieval import retrieval
 from pipeline.evaluate.zero_shot import class_embeddings, zero_shot
 from pipeline.losses.base import LossValue
 from pipeline.losses.structure import geometry, independent_geometry
-from pipeline.train.objective import (
-    Objective,
-    Outputs,
-    Pretraining,
-    build_momentum,
-    build_objective,
-    build_pretraining,
-)
+from pipeline.train.module import FusionPretraining, Outputs, Pretraining, build_pretraining
+from pipeline.train.objective import Objective, build_momentum, build_objective
 
 WHITE = (255, 255, 255)
 WORKERS, LOCAL = 2, 64
@@ -272,7 +266,7 @@ def train(task: Task, structure: dict[str, Any], seed: int) -> dict[str, Any]:
     plan, problems = make_plan(config, facts)
     assert not problems
     objectives = [
-        build_objective(config, plan, embed_dim=DIM, rank=rank, world_size=WORKERS)
+        build_objective(config, plan, task.tokenizer, embed_dim=DIM, rank=rank, world_size=WORKERS)
         for rank in range(WORKERS)
     ]
     towers = TwoPartTowers(task.tokenizer.vocab_size)
@@ -522,12 +516,13 @@ def overhead(repetitions: int) -> dict[str, dict[str, float]]:
             "engine": {"precision": "fp32"},
         }
         config = parse_config(values, "cost")
-        module = build_pretraining(config, train_tokenizer(["a cat", "a dog"], 300))
+        tokenizer = train_tokenizer(["a cat", "a dog"], 300)
+        module = build_pretraining(config, tokenizer)
         momentum = build_momentum(config, module, torch.device("cpu"))
         facts = Facts(train_rows=10**6, epoch_rows=10**6, row_groups=1, val_rows=0,
                       vocab_size=300, num_parameters=1, embed_dim=128)  # fmt: skip
         plan, _ = make_plan(config, facts)
-        objective = build_objective(config, plan, embed_dim=128, rank=0, world_size=1)
+        objective = build_objective(config, plan, tokenizer, embed_dim=128, rank=0, world_size=1)
         inputs = [torch.randint(0, 256, (BATCH, 32, 32, 3), dtype=torch.uint8),
                   torch.randint(4, 250, (BATCH, 24))] * (1 + plan.second_view)  # fmt: skip
 
@@ -564,7 +559,10 @@ def overhead(repetitions: int) -> dict[str, dict[str, float]]:
 
 
 def _value(
-    module: Pretraining, momentum: Momentum | None, objective: Objective, inputs: list[Tensor]
+    module: Pretraining | FusionPretraining,
+    momentum: Momentum | None,
+    objective: Objective,
+    inputs: list[Tensor],
 ) -> LossValue:
     outputs = module(*inputs)
     if momentum is not None:

@@ -43,7 +43,8 @@ class Plan:
 
     `virtual_batch` is what the gamma loss targets; of a comparator, what it contrasts at once.
     `structure` names the terms beside the contrast, with weights. A term may need a view of each
-    row: `second_view` of the data, or `momentum`, the row as slow towers embed it.
+    row: `second_view` of the data, or `momentum`, the row as slow towers embed it. `fusion` says
+    what a fusion model learns beside them; empty for two towers.
     """
 
     workers: int
@@ -72,6 +73,7 @@ class Plan:
     second_view: bool
     momentum: bool
     structure: tuple[str, ...]
+    fusion: str
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -110,9 +112,15 @@ class Plan:
         ]
 
     def _structure(self) -> list[str]:
+        said = f"Structure: {', '.join(self.structure)}"
+        if self.fusion:
+            terms = f" {said}, with momentum features as views." if self.structure else ""
+            return [
+                f"Fusion: {self.fusion}; the momentum model sees each pair once more without "
+                f"gradient, and takes {_bytes(4 * self.num_parameters)} on every worker.{terms}"
+            ]
         if not self.structure:
             return []
-        said = f"Structure: {', '.join(self.structure)}"
         if self.momentum:
             return [
                 f"{said}; moving averages of the towers embed each pair once more without "
@@ -180,6 +188,7 @@ def find_contradictions(config: Config) -> list[Problem]:
             )
         )
     problems += _loss_contradictions(config, local, micro)
+    problems += _model_contradictions(config)
     if config.evaluate.embedding != "shared" and not config.structure.separation.weight:
         problems.append(
             Problem(
@@ -212,6 +221,60 @@ def find_contradictions(config: Config) -> list[Problem]:
             for index, task in enumerate(config.evaluate.linear_probe)
             if task.test is None
         ]
+    return problems
+
+
+def _model_contradictions(config: Config) -> list[Problem]:
+    """What the kind of model contradicts."""
+    model, loss = config.model, config.loss
+    if model.kind == "two_tower":
+        return [
+            Problem(
+                place=f"model.{tower}.pretrained",
+                message="is set, and the model is two_tower: give a whole CLIP model as "
+                "model.pretrained, or set model.kind=fusion",
+            )
+            for tower, part in (("image", model.image), ("text", model.text))
+            if part.pretrained is not None
+        ]
+    problems: list[Problem] = []
+
+    def check(is_wrong: bool, place: str, message: str) -> None:
+        if is_wrong:
+            problems.append(Problem(place=place, message=message))
+
+    check(
+        model.pretrained is not None,
+        "model.pretrained",
+        "is a CLIP model, which has no fusion encoder: give a ViT as model.image.pretrained and a "
+        "BERT as model.text.pretrained",
+    )
+    check(
+        model.image.width != model.text.width,
+        "model.text.width",
+        f"is {model.text.width}, model.image.width {model.image.width}; in a fusion model texts "
+        "attend to image states, so both must be equal: change one",
+    )
+    check(
+        loss.kind != "gamma",
+        "loss.kind",
+        f"is {loss.kind}; a fusion model's contrast with momentum features is gamma's: set gamma",
+    )
+    check(
+        loss.prior not in ("none", "queue"),
+        "loss.prior",
+        f"is {loss.prior}; a fusion model has momentum features to queue: set queue, or none",
+    )
+    check(
+        loss.exchange > 0,
+        "loss.exchange",
+        f"is {loss.exchange}; a fusion model's workers exchange no features: set 0",
+    )
+    check(
+        config.structure.has_second_view,
+        "structure.views",
+        "is augmented; the views of a fusion model's terms are its momentum features: set momentum",
+    )
     return problems
 
 
@@ -322,7 +385,7 @@ def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
                 message=f"is {config.optim.warmup_samples}, more than the run's {wanted} samples",
             )
         )
-    slow = 4 * facts.num_parameters if config.structure.has_momentum else 0
+    slow = 4 * facts.num_parameters if config.has_momentum else 0
     plan = Plan(
         workers=workers,
         global_batch=train.global_batch,
@@ -349,8 +412,9 @@ def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
         all_gather_bytes_per_step=loss_bytes("infonce_gathered", workers, local, facts.embed_dim),
         checkpoint_bytes=(_weight_bytes(config) + 12) * facts.num_parameters + slow,
         second_view=config.structure.has_second_view,
-        momentum=config.structure.has_momentum,
+        momentum=config.has_momentum,
         structure=_terms(config.structure),
+        fusion=_fusion(config),
     )
     return plan, problems
 
@@ -363,6 +427,17 @@ def _terms(structure: StructureConfig) -> tuple[str, ...]:
         "consistency": structure.consistency.weight,
     }
     return tuple(f"{name} {weight:g}" for name, weight in named.items() if weight)
+
+
+def _fusion(config: Config) -> str:
+    if config.model.kind != "fusion":
+        return ""
+    fusion = config.fusion
+    return (
+        f"matching on pairs and two hard negatives each (weight {fusion.matching:g}), "
+        f"{fusion.mask_share:.0%} of the words masked (weight {fusion.masked_words:g}), "
+        f"{fusion.distillation:.0%} of the targets by the momentum model"
+    )
 
 
 def resize(config: Config, workers: int, before: Plan) -> Config:

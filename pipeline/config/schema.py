@@ -164,8 +164,13 @@ class DataConfig(Section):
 
 
 class ImageTower(Section):
-    """A vision transformer; sizes as in transformers' CLIPVisionConfig."""
+    """A vision transformer; sizes as in transformers' CLIPVisionConfig or, of fusion, ViTConfig."""
 
+    pretrained: str | None = Field(
+        default=None,
+        description="Of a fusion model: folder or hub id of a ViT of these sizes; its position "
+        "embeddings are resized to `size`.",
+    )
     size: PositiveInt = Field(default=224, description="Input side in pixels.")
     patch: PositiveInt = Field(default=32, description="Patch side in pixels; must divide size.")
     width: PositiveInt = 768
@@ -181,8 +186,13 @@ class ImageTower(Section):
 
 
 class TextTower(Section):
-    """A causal text transformer; sizes as in transformers' CLIPTextConfig."""
+    """A text transformer; sizes as in transformers' CLIPTextConfig or, of fusion, BertConfig."""
 
+    pretrained: str | None = Field(
+        default=None,
+        description="Of a fusion model: folder or hub id of a BERT of this width; its first layers "
+        "become the text encoder, the next ones the fusion encoder's.",
+    )
     context_length: Annotated[int, Field(ge=3)] = Field(
         default=77, description="Tokens a caption is cut to, start and end included."
     )
@@ -201,16 +211,32 @@ def _check_heads(width: int, heads: int) -> None:
         raise ValueError(f"heads is {heads}; it must divide width {width}")
 
 
-class ModelConfig(Section):
-    """The two-tower model: sizes, or pretrained weights that bring their own."""
+class FusionEncoder(Section):
+    """The encoder that reads a text while it looks at an image; width and heads as of the text."""
 
+    layers: PositiveInt = 6
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.1, description="Of the text and the fusion encoder, in training; BERT's."
+    )
+
+
+class ModelConfig(Section):
+    """The model: sizes, or pretrained weights."""
+
+    kind: Literal["two_tower", "fusion"] = Field(
+        default="two_tower",
+        description="two_tower: CLIP. fusion: ALBEF, that is a ViT, a BERT, and an encoder that "
+        "fuses them.",
+    )
     pretrained: str | None = Field(
         default=None,
-        description="Folder or hub id of a CLIP model; its sizes replace those given here.",
+        description="Of two_tower: folder or hub id of a CLIP model; its sizes replace those given "
+        "here.",
     )
     embed_dim: PositiveInt = 512
     image: ImageTower = ImageTower()
     text: TextTower = TextTower()
+    fusion: FusionEncoder = FusionEncoder()
     logit_scale_init: Annotated[float, Field(ge=1, le=100)] = Field(
         default=1 / 0.07, description="First value of the logit scale (1 / temperature)."
     )
@@ -359,7 +385,9 @@ class StructureConfig(Section):
         "or the row as moving averages of the towers embed it.",
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.995, description="For views momentum: decay of the averages, per step."
+        default=0.995,
+        description="Decay per step of the averages of views momentum, or of a fusion model's "
+        "momentum model.",
     )
     in_modal: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0,
@@ -400,6 +428,29 @@ class StructureConfig(Section):
             or (self.bridge.weight and self.bridge.text)
             or (self.consistency.weight and self.consistency.views)
         )
+
+
+class FusionConfig(Section):
+    """What a fusion model learns beside the contrast, which is of its momentum features; ALBEF."""
+
+    distillation: Fraction = Field(
+        default=0.4,
+        description="Share of the momentum model's answers in the targets of contrast and masked "
+        "words (alpha).",
+    )
+    distillation_ramp_samples: NonNegativeInt = Field(
+        default=0, description="Samples over which that share rises linearly from zero."
+    )
+    matching: Annotated[float, Field(ge=0)] = Field(
+        default=1.0,
+        description="Weight of telling pairs from hard negatives of the micro batch (ITM).",
+    )
+    masked_words: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="Weight of guessing masked words (MLM)."
+    )
+    mask_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.15, description="Share of a caption's tokens that are to be guessed."
+    )
 
 
 class OptimConfig(Section):
@@ -598,12 +649,18 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     structure: StructureConfig = StructureConfig()
+    fusion: FusionConfig = FusionConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether a slow copy of the model embeds each row too."""
+        return self.model.kind == "fusion" or self.structure.has_momentum
 
 
 def flatten(config: Config) -> dict[str, str | int | float | bool]:

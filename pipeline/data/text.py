@@ -21,12 +21,16 @@ SPECIAL_TOKENS = ("<|pad|>", "<|startoftext|>", "<|unknown|>", "<|endoftext|>")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tokenizer:
-    """A tokenizer as text (`json`, in the format of the tokenizers library) and its special ids."""
+    """A tokenizer as text (`json`, in the format of the tokenizers library) and its special ids.
+
+    `mask` stands for a word that is to be guessed; None if it has none.
+    """
 
     json: str
     start: int
     end: int
     pad: int
+    mask: int | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -73,7 +77,8 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(captions, trainer)
-    return Tokenizer(json=backend.to_str(), pad=0, start=1, end=3)
+    # All bytes being in the alphabet, no text holds the unknown token: it is free to be the mask.
+    return Tokenizer(json=backend.to_str(), pad=0, start=1, end=3, mask=2)
 
 
 def load_tokenizer(path: str) -> Tokenizer:
@@ -99,4 +104,5 @@ def load_tokenizer(path: str) -> Tokenizer:
     if start is None or end is None:
         raise UserError(f"data.tokenizer: {path!r} has no start and end (BOS/EOS or CLS/SEP) token")
     pad = loaded.pad_token_id if loaded.pad_token_id is not None else end
-    return Tokenizer(json=backend.to_str(), start=start, end=end, pad=pad)
+    mask = loaded.mask_token_id
+    return Tokenizer(json=backend.to_str(), start=start, end=end, pad=pad, mask=mask)

@@ -121,9 +121,10 @@ class GammaLoss:
     `scale_rule` says which gradient the logit scale gets (`rho`: see `_scale_gradient`). An
     anchor's total weight of negatives is capped at `max_weight`. With `reach` a worker also meets
     partners' pairs. With `one_sided` the first argument's embeddings alone are anchors, and the
-    second's are what they are contrasted with. `precision` is that of the products of a large
-    batch on a GPU (of embeddings, and of weights with embeddings); logits and sums are fp32 at
-    least. The evidence of the prior is running state of this worker: see `state_dict`.
+    second's are what they are contrasted with; its prior then predicts for them alone. `precision`
+    is that of the products of a large batch on a GPU (of embeddings, and of weights with
+    embeddings); logits and sums are fp32 at least. The evidence of the prior is running state of
+    this worker: see `state_dict`.
     """
 
     virtual_batch: int
@@ -141,8 +142,8 @@ class GammaLoss:
     meetings: int = 0
 
     def __post_init__(self) -> None:
-        if self.one_sided and (self.prior is not None or self.reach is not None):
-            raise ValueError("one_sided: priors and partners know two sides of anchors")
+        if self.one_sided and self.reach is not None:
+            raise ValueError("one_sided: partners know two sides of anchors")
 
     def __call__(
         self,
@@ -198,9 +199,12 @@ class GammaLoss:
             scale = wide(logit_scale)
             belief = log_z
             if self.prior is not None:
-                found = self.prior.predict(features.image, features.text, scale, keys)
-                if found[0] is not None and found[1] is not None:
-                    belief = torch.stack([found[0], found[1]])
+                known = [
+                    side
+                    for side in self.prior.predict(features.image, features.text, scale, keys)
+                    if side is not None
+                ]
+                belief = torch.stack(known) if known else None
             # The batch's own noise is measured between two halves of the negatives.
             parts = 1 if belief is None else 2
             local = local_pairs(features.image, features.text, scale, self.block, self.precision)
@@ -227,14 +231,13 @@ class GammaLoss:
             *gradients, tilt = self._gradients(opened, partners)
             bound = anchors.bound.mean()
             if self.prior is not None:
-                image, text = (
+                seen = [
                     Observation(log_z=log_z, tilt=tilts)
                     for log_z, tilts in zip(anchors.log_negatives, tilt, strict=True)
-                )
+                ]
                 self.prior.observe(
-                    opened.features.image, opened.features.text, opened.scale, opened.keys,
-                    (image, text),
-                )  # fmt: skip
+                    opened.features.image, opened.features.text, opened.scale, opened.keys, seen
+                )
         loss = carry(bound, opened.inputs, gradients)
         if opened.log_z is not None and anchors.num_negatives:
             deviance = prior_deviance(opened.log_z, anchors.log_mean)
@@ -248,7 +251,8 @@ class GammaLoss:
     def _conclude(self, positive: Tensor, sums: Sums, log_z: Tensor | None) -> "_Anchors":
         num_negatives = sums.total
         num_virtual = max(self.virtual_batch - 1, num_negatives, 1)
-        log_mean = sums.log_mean
+        sides = 1 if self.one_sided else 2
+        log_mean = sums.log_mean[:sides]
         negatives = log_mean
         metrics: dict[str, Tensor] = {}
         if log_z is not None:
@@ -256,13 +260,13 @@ class GammaLoss:
             worth = math.inf if self.prior is None else self.prior.most_worth
             most = min(num_virtual, num_negatives + worth)
             miss = log_mean - log_z
-            noise = sums.half_difference.square().mean(1) / 4
+            noise = sums.half_difference[:sides].square().mean(1) / 4
             measured = torch.stack([noise, miss.square().mean(1)], dim=1).tolist()
             weight = log_mean.new_tensor(
                 [
                     evidence.update(sampling, error, num_negatives, most)
                     for evidence, (sampling, error) in zip(
-                        (self.image_evidence, self.text_evidence), measured, strict=True
+                        (self.image_evidence, self.text_evidence), measured, strict=False
                     )
                 ]
             )
@@ -284,15 +288,14 @@ class GammaLoss:
         if self.u == "sampled":
             # u_i = e_i / R_i with e_i ~ Exp(1) is a draw from Gamma(1, R_i).
             log_u = log_u + torch.empty_like(log_u).exponential_().log()
-        sides = 1 if self.one_sided else 2
         return _Anchors(
             num_negatives=num_negatives,
             num_virtual=num_virtual,
             positive=positive,
-            log_mean=log_mean[:sides],
-            log_negatives=negatives[:sides],
-            log_rate=log_rate[:sides],
-            log_u=log_u[:sides],
+            log_mean=log_mean,
+            log_negatives=negatives,
+            log_rate=log_rate,
+            log_u=log_u,
             metrics=metrics,
         )
 

@@ -43,7 +43,7 @@ class Prior(Protocol):
     def predict(
         self, image: Tensor, text: Tensor, scale: Tensor, keys: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Give a_i of image and text anchors, [b] each; None when nothing is known yet."""
+        """Give a_i of image and text anchors, [b] each; None where nothing is known (yet)."""
         ...
 
     def observe(
@@ -52,7 +52,7 @@ class Prior(Protocol):
         text: Tensor,
         scale: Tensor,
         keys: Tensor | None,
-        seen: tuple[Observation, Observation],
+        seen: Sequence[Observation],
     ) -> None:
         """Learn from a batch, after its loss."""
         ...
@@ -77,37 +77,45 @@ class QueuePrior:
     K = queue + batch in expectation, though only the batch's negatives carry gradient.
     """
 
-    def __init__(self, size: int, embed_dim: int):
-        """Hold `size` pairs of dimension `embed_dim`."""
+    def __init__(self, size: int, embed_dim: int, *, one_sided: bool = False):
+        """Hold `size` pairs of dimension `embed_dim`; `one_sided`: of each only the second half.
+
+        A queue of one side predicts for the first side's anchors alone.
+        """
         self._size = size
-        self._image = torch.zeros(size, embed_dim)
-        self._text = torch.zeros(size, embed_dim)
-        self._keys = torch.full((size,), -1)
-        self._held = 0
+        self._held: dict[str, Tensor] = {"keys": torch.full((size,), -1)}
+        for side in ("text",) if one_sided else ("image", "text"):
+            self._held[side] = torch.zeros(size, embed_dim)
+        self._count = 0
         self._next = 0
 
     @property
     def most_worth(self) -> float:
         """The pairs it holds: until it is full it knows less than it will."""
-        return self._held
+        return self._count
+
+    @property
+    def texts(self) -> Float[Tensor, "held dim"]:
+        """What the first side's anchors are scored against."""
+        return self._held["text"][: self._count]
 
     def predict(
         self, image: Tensor, text: Tensor, scale: Tensor, keys: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Score the queue; an anchor's own row, should it still be there, is left out."""
-        if not self._held:
+        if not self._count:
             return None, None
         own = None
         if keys is not None:
-            own = keys[:, None] == self._keys[None, : self._held].to(keys.device)
-        return self._score(image, self._text, scale, own), self._score(
-            text, self._image, scale, own
-        )
+            held = self._held["keys"][: self._count]
+            own = (keys.to(held)[:, None] == held).to(image.device)
+        log_z = self._score(image, "text", scale, own)
+        return log_z, self._score(text, "image", scale, own) if "image" in self._held else None
 
-    def _score(self, anchors: Tensor, queue: Tensor, scale: Tensor, own: Tensor | None) -> Tensor:
-        logits = scale * (anchors @ queue[: self._held].to(anchors).T)
+    def _score(self, anchors: Tensor, side: str, scale: Tensor, own: Tensor | None) -> Tensor:
+        logits = scale * (anchors @ self._held[side][: self._count].to(anchors).T)
         if own is None:
-            return logits.logsumexp(1) - math.log(self._held)
+            return logits.logsumexp(1) - math.log(self._count)
         log_count = (~own).sum(1).clamp(min=1).log()
         return logits.masked_fill(own, -math.inf).logsumexp(1) - log_count
 
@@ -117,32 +125,27 @@ class QueuePrior:
         text: Tensor,
         scale: Tensor,
         keys: Tensor | None,
-        seen: tuple[Observation, Observation],
+        seen: Sequence[Observation],
     ) -> None:
         """Put the batch in, over the oldest rows."""
         del scale, seen
-        if self._image.device != image.device:
-            self._image, self._text = self._image.to(image.device), self._text.to(image.device)
-            self._keys = self._keys.to(image.device)
         rows = min(len(image), self._size)
         places = (self._next + torch.arange(rows, device=image.device)) % self._size
-        self._image[places], self._text[places] = image[:rows].float(), text[:rows].float()
-        self._keys[places] = -1 if keys is None else keys[:rows].to(places.device)
+        keys = torch.full((rows,), -1) if keys is None else keys
+        come = {"image": image, "text": text, "keys": keys}
+        for name in self._held:
+            held = self._held[name] = self._held[name].to(image.device)
+            held[places] = come[name][:rows].to(held)
         self._next = (self._next + rows) % self._size
-        self._held = min(self._held + rows, self._size)
+        self._count = min(self._count + rows, self._size)
 
     def share(self, gather: Gather) -> None:
         """Nothing: each worker's queue is its own."""
 
     def state_dict(self) -> State:
         """The held rows, oldest first."""
-        order = (self._next - self._held + torch.arange(self._held)) % self._size
-        order = order.to(self._keys.device)
-        return {
-            "image": self._image[order].cpu(),
-            "text": self._text[order].cpu(),
-            "keys": self._keys[order].cpu(),
-        }
+        order = (self._next - self._count + torch.arange(self._count)) % self._size
+        return {name: held[order.to(held.device)].cpu() for name, held in self._held.items()}
 
     def load_state_dict(self, states: Sequence[State], rank: int, world_size: int) -> None:
         """Take this worker's rows, or an equal share of all when the number of workers changed."""
@@ -151,13 +154,13 @@ class QueuePrior:
         else:
             rows = {
                 name: torch.cat([state[name] for state in states])[rank::world_size]
-                for name in ("image", "text", "keys")
+                for name in self._held
             }
-        rows = {name: values[-self._size :] for name, values in rows.items()}
-        self._held = len(rows["keys"])
-        self._next = self._held % self._size
-        for name, buffer in (("image", self._image), ("text", self._text), ("keys", self._keys)):
-            buffer[: self._held] = rows[name].to(buffer)
+        for name, held in self._held.items():
+            kept = rows[name][-self._size :]
+            self._count = len(kept)
+            held[: self._count] = kept.to(held)
+        self._next = self._count % self._size
 
 
 class HistoryPrior:
@@ -211,7 +214,7 @@ class HistoryPrior:
         text: Tensor,
         scale: Tensor,
         keys: Tensor | None,
-        seen: tuple[Observation, Observation],
+        seen: Sequence[Observation],
     ) -> None:
         """Remember a batch, and move the level toward it."""
         del image, text

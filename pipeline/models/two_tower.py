@@ -7,28 +7,16 @@ Must not know: the loss, the data, DeepSpeed.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import UserError
-
-MAX_LOGIT_SCALE = 100.0
-
-
-class Embeddings(NamedTuple):
-    """Unit-norm fp32 rows; what was not asked for, or has no input, is None."""
-
-    image: Float[Tensor, "batch dim"] | None
-    text: Float[Tensor, "batch dim"] | None
-    logit_scale: Float[Tensor, ""]
-    image_independent: Float[Tensor, "batch dim"] | None
-    text_independent: Float[Tensor, "batch dim"] | None
+from pipeline.models.towers import Embeddings, Pixels, clamped_scale, project
 
 
 class TwoTower(nn.Module):
@@ -39,9 +27,6 @@ class TwoTower(nn.Module):
     modality ("Understanding and constructing latent modality structures in multi-modal
     representation learning", CVPR 2023, section 3.2).
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -58,8 +43,7 @@ class TwoTower(nn.Module):
         self.text_projection = clip.text_projection
         # Shape [1], not a scalar: ZeRO partitions parameters along their elements.
         self.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1).float())
-        self.register_buffer("mean", torch.tensor(mean) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std) * 255, persistent=False)
+        self.pixels = Pixels(mean, std)
         self.embed_dim: int = clip.visual_projection.out_features
         self.clip_config: CLIPConfig = clip.config
         self.independent_visual_projection: nn.Linear | None = None
@@ -78,32 +62,25 @@ class TwoTower(nn.Module):
         One entry point on purpose: under ZeRO-3 a submodule called directly finds its parameters
         still partitioned. The scale is clamped to [1, 100] and computed in fp32.
         """
-        log_scale = self.logit_scale.float().clamp(0.0, math.log(MAX_LOGIT_SCALE))
         image = text = image_independent = text_independent = None
         if images is not None:
             pooled = self._pool_images(images)
-            image = _project(self.visual_projection, pooled)
-            image_independent = _project(self.independent_visual_projection, pooled)
+            image = project(self.visual_projection, pooled)
+            image_independent = project(self.independent_visual_projection, pooled)
         if tokens is not None:
             pooled = self._pool_texts(tokens)
-            text = _project(self.text_projection, pooled)
-            text_independent = _project(self.independent_text_projection, pooled)
-        return Embeddings(
-            image, text, log_scale.exp().squeeze(0), image_independent, text_independent
-        )
+            text = project(self.text_projection, pooled)
+            text_independent = project(self.independent_text_projection, pooled)
+        scale = clamped_scale(self.logit_scale)
+        return Embeddings(image, text, scale, image_independent, text_independent)
 
     def _pool_images(self, images: Tensor) -> Tensor:
-        pixels = (images.float() - self.mean.float()) / self.std.float()
-        pixels = pixels.permute(0, 3, 1, 2).to(self.visual_projection.weight.dtype)
+        pixels = self.pixels(images, self.visual_projection.weight.dtype)
         return self.vision_model(pixel_values=pixels).pooler_output
 
     def _pool_texts(self, tokens: Tensor) -> Tensor:
         # No attention mask: the text tower is causal and pools at the end token, before padding.
         return self.text_model(input_ids=tokens.long()).pooler_output
-
-
-def _project(projection: nn.Linear | None, pooled: Tensor) -> Tensor | None:
-    return None if projection is None else F.normalize(projection(pooled).float(), dim=-1)
 
 
 def _like(projection: nn.Linear) -> nn.Linear:

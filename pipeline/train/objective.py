@@ -1,19 +1,23 @@
-"""What one engine runs: all that is trained in one module with one forward, and the loss."""
+"""What a step minimises: a contrastive loss, terms of the latent structure, a fusion model's tasks.
+
+Enters: a batch, and what a module says of it. Leaves: the loss. Each objective says what of a batch
+the module is given, too.
+"""
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int, UInt8
-from torch import Tensor, nn
+from jaxtyping import Int
+from torch import Tensor
 
 from pipeline.config.plan import Plan
-from pipeline.config.schema import Config, LossConfig, StructureConfig
+from pipeline.config.schema import Config, FusionConfig, StructureConfig
+from pipeline.data.batches import Batch
 from pipeline.data.text import Tokenizer
 from pipeline.engine.momentum import Momentum
 from pipeline.engine.partners import PartnerExchange
-from pipeline.evaluate.embed import Parts
 from pipeline.losses.base import Gather, Loss, LossValue, State
 from pipeline.losses.contrastive import (
     FastCLIP,
@@ -22,9 +26,15 @@ from pipeline.losses.contrastive import (
     SigmoidLocal,
     SigmoidRing,
 )
+from pipeline.losses.fusion import (
+    MomentumContrast,
+    mask_words,
+    masked_words_loss,
+    matching_loss,
+)
 from pipeline.losses.gamma import GammaLoss
 from pipeline.losses.normalizer import CountedEvidence, Evidence
-from pipeline.losses.priors import AmortizedPrior, HistoryPrior, Prior, QueuePrior
+from pipeline.losses.priors import HistoryPrior, Prior, QueuePrior
 from pipeline.losses.structure import (
     Modality,
     Separation,
@@ -33,16 +43,12 @@ from pipeline.losses.structure import (
     consistency,
     there,
 )
-from pipeline.models.two_tower import Embeddings, TwoTower, build_two_tower
-
-LOGIT_BIAS_INIT = -10.0  # SigLIP's: at the start nearly every pair counts as no match
+from pipeline.train.module import FusionPretraining, Outputs, Pretraining
 
 BRIDGE_CURVE = {  # points t of the bridge, by the metric of the residual there
     f"structure/bridge_residual_at_{t:.3f}": t
     for t in (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 }
-
-TOWERS = "towers."  # prefix of their parameters' names in `Pretraining`
 
 STATELESS = {
     "infonce_local": InfoNCELocal,
@@ -52,124 +58,11 @@ STATELESS = {
 }
 
 
-class Outputs(NamedTuple):
-    """What the objective takes; absent parts are None. The first six are a contrastive loss's.
-
-    `*_view` are of the same pairs' second view, `*_independent` by the second projection.
-    """
-
-    image: Float[Tensor, "local dim"] | None
-    text: Float[Tensor, "local dim"] | None
-    logit_scale: Float[Tensor, ""]
-    image_log_z: Float[Tensor, " local"] | None = None
-    text_log_z: Float[Tensor, " local"] | None = None
-    logit_bias: Float[Tensor, ""] | None = None
-    image_view: Float[Tensor, "local dim"] | None = None
-    text_view: Float[Tensor, "local dim"] | None = None
-    image_independent: Float[Tensor, "local dim"] | None = None
-    text_independent: Float[Tensor, "local dim"] | None = None
-    image_view_independent: Float[Tensor, "local dim"] | None = None
-    text_view_independent: Float[Tensor, "local dim"] | None = None
-
-    @property
-    def contrast(self) -> tuple[Any, ...]:
-        """The arguments of a contrastive loss, in its order."""
-        return self[:6]
-
-    @property
-    def parts(self) -> Parts:
-        """What evaluation embeds with."""
-        return Parts(self.image, self.text, self.image_independent, self.text_independent)
-
-    def seen_by(self, slow: Embeddings) -> "Outputs":
-        """The same, with another model's embeddings of the pairs for views."""
-        return self._replace(
-            image_view=slow.image,
-            text_view=slow.text,
-            image_view_independent=slow.image_independent,
-            text_view_independent=slow.text_independent,
-        )
-
-    @property
-    def modalities(self) -> tuple[Modality, Modality]:
-        """Image and text features, for the losses of their structure."""
-        assert self.image is not None, "training embeds both"
-        assert self.text is not None, "training embeds both"
-        return (
-            Modality(
-                shared=self.image,
-                view=self.image_view,
-                independent=self.image_independent,
-                independent_view=self.image_view_independent,
-            ),
-            Modality(
-                shared=self.text,
-                view=self.text_view,
-                independent=self.text_independent,
-                independent_view=self.text_view_independent,
-            ),
-        )
-
-
-class Pretraining(nn.Module):
-    """Towers, and what only some losses train: a prior (by its own deviance), a logit bias."""
-
-    def __init__(self, towers: TwoTower, prior: AmortizedPrior | None, *, has_logit_bias: bool):
-        super().__init__()
-        self.towers = towers
-        self.prior = prior
-        # Shape [1], not a scalar: ZeRO partitions parameters along their elements.
-        self.logit_bias = nn.Parameter(torch.tensor([LOGIT_BIAS_INIT])) if has_logit_bias else None
-
-    def forward(
-        self,
-        images: UInt8[Tensor, "local height width 3"] | None,
-        tokens: Int[Tensor, "local length"] | None,
-        view_images: UInt8[Tensor, "local height width 3"] | None = None,
-        view_tokens: Int[Tensor, "local length"] | None = None,
-    ) -> Outputs:
-        """Embed images, texts, or both, and their second views in the same pass.
-
-        The prior predicts only for both, in training.
-        """
-        found = self.towers(_joined(images, view_images), _joined(tokens, view_tokens))
-        image, image_view = _split(found.image, view_images)
-        text, text_view = _split(found.text, view_tokens)
-        image_independent, image_view_independent = _split(found.image_independent, view_images)
-        text_independent, text_view_independent = _split(found.text_independent, view_tokens)
-        image_log_z = text_log_z = None
-        if self.prior is not None and self.training and image is not None and text is not None:
-            image_log_z, text_log_z = self.prior(image, text, found.logit_scale)
-        logit_bias = None if self.logit_bias is None else self.logit_bias.float().squeeze(0)
-        return Outputs(
-            image=image,
-            text=text,
-            logit_scale=found.logit_scale,
-            image_log_z=image_log_z,
-            text_log_z=text_log_z,
-            logit_bias=logit_bias,
-            image_view=image_view,
-            text_view=text_view,
-            image_independent=image_independent,
-            text_independent=text_independent,
-            image_view_independent=image_view_independent,
-            text_view_independent=text_view_independent,
-        )
-
-
-def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    return first if first is None or second is None else torch.cat([first, second])
-
-
-def _split(both: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    if both is None or second is None:
-        return both, None
-    first, view = both.split([len(both) - len(second), len(second)])
-    return first, view
+Terms = list[tuple[float, Tensor, dict[str, Tensor]]]  # of each its weight, value, metrics
 
 
 class Objective:
-    """What a step minimises: the contrastive loss, and weighted terms of the latent structure.
+    """The contrastive loss of two towers, and weighted terms of the latent structure.
 
     Of the base loss's parts a share of `structure.in_modal` contrasts samples with their own views,
     V2V and T2T, the rest the two modalities. Each part has auxiliaries of its own.
@@ -177,7 +70,7 @@ class Objective:
 
     def __init__(
         self,
-        contrast: Loss,
+        contrast: Any,
         structure: StructureConfig,
         *,
         gathered_batch: int,
@@ -186,7 +79,8 @@ class Objective:
     ):
         """`in_modal` and `separation` by modality, image and text; empty when not wanted.
 
-        `gathered_batch`: the pairs of which geometric consistency stands for all.
+        `contrast` is a `Loss`, or what stands in its place in another objective. `gathered_batch`:
+        the pairs of which geometric consistency stands for all.
         """
         self.contrast = contrast
         self._structure = structure
@@ -194,9 +88,30 @@ class Objective:
         self._in_modal = in_modal
         self._separation = separation
 
+    def inputs(self, batch: Batch) -> list[Tensor | None]:
+        """What of a batch the module is given."""
+        tokens = batch.view_tokens if self._structure.needs_text_views else None
+        return [batch.images, batch.tokens, batch.view_images, tokens]
+
+    def slow_inputs(self, inputs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """What of a module's inputs its slow copy is given."""
+        images, tokens, *_ = inputs
+        return images, tokens if self._structure.needs_text_views else None
+
+    def loss(self, outputs: Outputs, slow: Any, batch: Batch, samples: int) -> LossValue:
+        """Give the loss of a batch, of which the module's slow copy, if there is one, said `slow`.
+
+        `samples` have been seen before its step.
+        """
+        seen = outputs if slow is None else self._seen(outputs, slow)
+        return self(seen, batch.keys, samples)
+
+    def _seen(self, outputs: Outputs, slow: Any) -> Outputs:
+        return outputs.seen_by(slow)
+
     def __call__(self, outputs: Outputs, keys: Int[Tensor, " local"], samples: int) -> LossValue:
         """Give the loss of a micro batch, `samples` having been seen before its step."""
-        base = self.contrast(*outputs.contrast, keys=keys)
+        base = self._base(outputs, keys, samples)
         terms = self._terms(outputs, samples)
         if not terms:
             return base
@@ -208,7 +123,7 @@ class Objective:
         for weight, value, found in terms:
             loss = loss + weight * value
             bound = bound + weight * value.detach()
-            metrics |= {f"structure/{name}": metric for name, metric in found.items()}
+            metrics |= found
         metrics["loss"] = bound
 
         # Detached: what diagnoses is kept until it is asked, and the graph with it would be.
@@ -217,9 +132,11 @@ class Objective:
             loss=loss, metrics=metrics, diagnose=lambda: {**base.diagnose(), **curve()}
         )
 
-    def _terms(
-        self, outputs: Outputs, samples: int
-    ) -> list[tuple[float, Tensor, dict[str, Tensor]]]:
+    def _base(self, outputs: Outputs, keys: Tensor, samples: int) -> LossValue:
+        del samples
+        return self.contrast(*outputs.contrast, keys=keys)
+
+    def _terms(self, outputs: Outputs, samples: int) -> Terms:
         """Weight, value and metrics of each term that the run has.
 
         A term whose weight is still zero is there too: each parameter has a gradient in every step.
@@ -229,7 +146,7 @@ class Objective:
             return []
         image, text = outputs.modalities
         sides = {"image": image, "text": text}
-        terms: list[tuple[float, Tensor, dict[str, Tensor]]] = []
+        terms: Terms = []
         for side, contrast in self._in_modal.items():
             value = contrast(sides[side].shared, there(sides[side].view), scale)
             found = {f"in_modal_loss_{side}": value.metrics["loss"]}
@@ -249,7 +166,10 @@ class Objective:
                 image, text = Modality(shared=image.shared), Modality(shared=text.shared)
             value, found = consistency(image, text, self._gathered_batch)
             terms.append((structure.consistency.at(samples), value, found))
-        return terms
+        return [
+            (weight, value, {f"structure/{name}": metric for name, metric in found.items()})
+            for weight, value, found in terms
+        ]
 
     def _bridge(self, own: Modality, other: Modality) -> Tensor:
         t, view = self._structure.bridge.t, there(own.view)
@@ -258,11 +178,6 @@ class Objective:
             return bridge(view, own.shared, other.shared, drawn)
         points = t if isinstance(t, tuple) else (t,)
         return torch.stack([bridge(view, own.shared, other.shared, each) for each in points]).mean()
-
-    @property
-    def needs_text_views(self) -> bool:
-        """Whether a term looks at the captions' views."""
-        return self._structure.needs_text_views
 
     @property
     def _parts(self) -> dict[str, Any]:
@@ -287,6 +202,73 @@ class Objective:
             part.load_state_dict([state[name] for state in states], rank, world_size)
 
 
+class FusionObjective(Objective):
+    """Contrast with momentum features, matching, masked words, and terms of the latent structure.
+
+    The views of the structure's terms are the momentum features.
+    """
+
+    contrast: MomentumContrast
+
+    def __init__(self, fusion: FusionConfig, tokenizer: Tokenizer, **structure: Any):
+        """`structure` as of `Objective`, its `contrast` a `MomentumContrast`."""
+        super().__init__(**structure)
+        self._fusion = fusion
+        self._special = (tokenizer.start, tokenizer.end, tokenizer.pad)
+        assert tokenizer.mask is not None, "the module has asked for it"
+        self._mask, self._vocab_size = tokenizer.mask, tokenizer.vocab_size
+
+    def inputs(self, batch: Batch) -> list[Tensor | None]:
+        """Images, texts, the texts with masked words, and which these are; drawn anew each time."""
+        masked, chosen = mask_words(
+            batch.tokens,
+            share=self._fusion.mask_share,
+            special=self._special,
+            mask=self._mask,
+            vocab_size=self._vocab_size,
+        )
+        return [batch.images, batch.tokens, masked, chosen]
+
+    def slow_inputs(self, inputs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """All of them: it guesses the same words."""
+        return inputs
+
+    def _seen(self, outputs: Outputs, slow: Any) -> Outputs:
+        embeddings, fused = slow
+        return outputs.seen_by(embeddings)._replace(slow_masked_logits=fused.masked_logits)
+
+    def _base(self, outputs: Outputs, keys: Tensor, samples: int) -> LossValue:
+        image, text = outputs.modalities
+        return self.contrast(
+            image.shared,
+            text.shared,
+            there(image.view),
+            there(text.view),
+            outputs.logit_scale,
+            keys=keys,
+            alpha=self._alpha(samples),
+        )
+
+    def _terms(self, outputs: Outputs, samples: int) -> Terms:
+        fusion = self._fusion
+        match, match_found = matching_loss(there(outputs.match_logits), there(outputs.match_labels))
+        words, words_found = masked_words_loss(
+            there(outputs.masked_logits),
+            there(outputs.masked_words),
+            there(outputs.slow_masked_logits),
+            self._alpha(samples),
+        )
+        own: Terms = [
+            (fusion.matching, match, {"matching_loss": match.detach(), **match_found}),
+            (fusion.masked_words, words, {"masked_words_loss": words.detach(), **words_found}),
+        ]
+        return own + super()._terms(outputs, samples)
+
+    def _alpha(self, samples: int) -> float:
+        ramp = self._fusion.distillation_ramp_samples
+        return self._fusion.distillation * min(1.0, (samples + 1) / (ramp + 1))
+
+
 def _bridge_curve(image: Modality, text: Modality) -> dict[str, Tensor]:
     """How far augmented images lie from points t of the bridge; nothing without views."""
     if image.view is None:
@@ -296,28 +278,14 @@ def _bridge_curve(image: Modality, text: Modality) -> dict[str, Tensor]:
     }
 
 
-def build_pretraining(config: Config, tokenizer: Tokenizer) -> Pretraining:
-    """Build the module of a run, with weights drawn from `train.seed`."""
-    torch.manual_seed(config.train.seed)
-    towers = build_two_tower(
-        config.model,
-        vocab_size=tokenizer.vocab_size,
-        start=tokenizer.start,
-        end=tokenizer.end,
-        pad=tokenizer.pad,
-        mean=config.data.image_mean,
-        std=config.data.image_std,
-        independent=bool(config.structure.separation.weight),
-    )
-    return Pretraining(
-        towers,
-        AmortizedPrior(towers.embed_dim) if _has_prior(config.loss) else None,
-        has_logit_bias=config.loss.kind in ("sigmoid_local", "sigmoid_ring"),
-    )
-
-
 def build_objective(
-    config: Config, plan: Plan, *, embed_dim: int, rank: int, world_size: int
+    config: Config,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    *,
+    embed_dim: int,
+    rank: int,
+    world_size: int,
 ) -> Objective:
     """Build what one worker of a run minimises."""
     structure, term = config.structure, config.structure.separation
@@ -334,18 +302,29 @@ def build_objective(
                 uniformity_weight=term.uniformity,
                 uniformity=Uniformity(precision=_precision(config)),
             )
-    return Objective(
-        build_loss(config, plan, embed_dim=embed_dim, rank=rank, world_size=world_size),
-        structure,
-        gathered_batch=plan.virtual_batch if config.loss.kind == "gamma" else plan.global_batch,
-        in_modal=in_modal,
-        separation=separation,
-    )
+    terms: dict[str, Any] = {
+        "structure": structure,
+        "gathered_batch": (
+            plan.virtual_batch if config.loss.kind == "gamma" else plan.global_batch
+        ),
+        "in_modal": in_modal,
+        "separation": separation,
+    }
+    if config.model.kind == "fusion":
+        contrast = MomentumContrast(
+            image=_momentum_contrast(config, plan, embed_dim),
+            text=_momentum_contrast(config, plan, embed_dim),
+        )
+        return FusionObjective(config.fusion, tokenizer, contrast=contrast, **terms)
+    loss = build_loss(config, plan, embed_dim=embed_dim, rank=rank, world_size=world_size)
+    return Objective(loss, **terms)
 
 
-def build_momentum(config: Config, module: Pretraining, device: torch.device) -> Momentum | None:
-    """Copy the towers of a module that no engine has yet, if the run has slow ones."""
-    if not config.structure.has_momentum:
+def build_momentum(
+    config: Config, module: Pretraining | FusionPretraining, device: torch.device
+) -> Momentum | None:
+    """Copy the model in a module that no engine has yet, if the run has a slow one."""
+    if not config.has_momentum:
         return None
     return Momentum(
         module.towers, config.structure.momentum, device=device, precision=_precision(config)
@@ -369,6 +348,24 @@ def _view_contrast(config: Config, plan: Plan) -> GammaLoss:
         max_weight=loss.max_weight,
         one_sided=True,
         precision=_precision(config),
+    )
+
+
+def _momentum_contrast(config: Config, plan: Plan, embed_dim: int) -> GammaLoss:
+    """One direction of a fusion model's contrast, with its queue of momentum features."""
+    loss = config.loss
+    prior = QueuePrior(loss.queue_size, embed_dim, one_sided=True)
+    evidence = CountedEvidence if loss.evidence == "counted" else Evidence
+    return GammaLoss(
+        virtual_batch=plan.virtual_batch,
+        u=loss.u,
+        prior=prior if loss.prior == "queue" else None,
+        scale_rule=loss.scale_rule,
+        rho=loss.rho,
+        max_weight=loss.max_weight,
+        one_sided=True,
+        precision=_precision(config),
+        image_evidence=evidence(),
     )
 
 
@@ -406,7 +403,3 @@ def build_loss(config: Config, plan: Plan, *, embed_dim: int, rank: int, world_s
         image_evidence=evidence(),
         text_evidence=evidence(),
     )
-
-
-def _has_prior(loss: LossConfig) -> bool:
-    return loss.kind == "gamma" and loss.prior == "amortized"

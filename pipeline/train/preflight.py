@@ -21,7 +21,7 @@ from pipeline.data.text import Tokenizer, load_tokenizer, train_tokenizer
 from pipeline.errors import Problem, UserError, raise_problems
 from pipeline.evaluate.suite import Probed, Suite, make_recipe
 from pipeline.tracking.tracker import check_reachable, tracking_uri
-from pipeline.train.objective import build_pretraining
+from pipeline.train.module import build_pretraining
 from pipeline.train.store import RunFolder, RunRecord
 
 TOKENIZER_CAPTIONS = 100_000  # captions a tokenizer is trained on, at most

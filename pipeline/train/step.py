@@ -11,7 +11,8 @@ from torch import Tensor
 from pipeline.data.batches import Batch
 from pipeline.engine.momentum import Momentum
 from pipeline.engine.zero import Engine
-from pipeline.train.objective import TOWERS, Objective
+from pipeline.train.module import TOWERS
+from pipeline.train.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +44,8 @@ def train_step(
 
     `samples` have been seen before the step. Each micro batch has its own complete loss, so
     accumulation needs no second pass. When the loss is not finite on any rank, all ranks leave that
-    micro batch out of the gradient. `momentum` are slow copies of the towers, whose embeddings of
-    the same rows are the views.
+    micro batch out of the gradient. `momentum` is a slow copy of the model, which sees the same
+    rows.
     """
     used: list[Batch] = []
     metrics: list[dict[str, Tensor]] = []
@@ -57,20 +58,11 @@ def train_step(
         used.append(batch)
         inputs = [
             None if each is None else each.to(engine.device, non_blocking=True)
-            for each in (
-                batch.images,
-                batch.tokens,
-                batch.view_images,
-                batch.view_tokens if objective.needs_text_views else None,
-            )
+            for each in objective.inputs(batch)
         ]
         outputs = engine(*inputs)
-        if momentum is not None:
-            images, tokens, *_ = inputs
-            outputs = outputs.seen_by(
-                momentum(images, tokens if objective.needs_text_views else None)
-            )
-        value = objective(outputs, batch.keys, samples)
+        slow = None if momentum is None else momentum(*objective.slow_inputs(inputs))
+        value = objective.loss(outputs, slow, batch, samples)
         if engine.any(not bool(value.loss.isfinite())):
             is_finite = False
             if accumulation == 1:
@@ -112,7 +104,8 @@ def _backward_nothing(engine: Engine, inputs: Sequence[Tensor | None]) -> None:
         for each in inputs
     ]
     outputs = engine(*blank)
-    sums = torch.stack([part.sum() for part in outputs if part is not None])
+    parts = [part for part in outputs if part is not None and part.is_floating_point()]
+    sums = torch.stack([part.sum() for part in parts])
     engine.backward(sums.sum() * 0.0)
 
 

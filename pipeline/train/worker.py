@@ -39,12 +39,8 @@ from pipeline.tracking.tracker import MetricLog, RunRef
 from pipeline.train.board import Board, pass_warnings_on
 from pipeline.train.checkpoint import State, load_checkpoint, read_meta, save_checkpoint
 from pipeline.train.loop import Actions, Cadence, Left, Progress, Wish, run_loop
-from pipeline.train.objective import (
-    Objective,
-    build_momentum,
-    build_objective,
-    build_pretraining,
-)
+from pipeline.train.module import build_pretraining
+from pipeline.train.objective import Objective, build_momentum, build_objective
 from pipeline.train.publish import Sender, agreed, fetch_derived, forget_after, keep
 from pipeline.train.pulse import Pulse
 from pipeline.train.step import train_step
@@ -288,6 +284,7 @@ class _Trainer:
             self.objective = build_objective(
                 self.config,
                 self.plan,
+                self.job.tokenizer,
                 embed_dim=module.towers.embed_dim,
                 rank=self.rank,
                 world_size=self.world_size,

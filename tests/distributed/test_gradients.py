@@ -11,7 +11,7 @@ from pipeline.config.schema import Config
 from pipeline.engine.zero import Engine
 from pipeline.train.objective import Objective, build_objective
 from tests.dense_comparators import DenseFastCLIP, dense_infonce, dense_sigmoid
-from tests.tiny import tiny_config, tiny_facts, tiny_module, tiny_pairs
+from tests.tiny import tiny_config, tiny_facts, tiny_module, tiny_pairs, tiny_tokenizer
 
 GLOBAL_BATCH = 8
 STAGES = (0, 1, 2, 3)
@@ -60,7 +60,7 @@ def _config(kind: str, **engine: Any) -> Config:
 def _make_objective(kind: str) -> Objective:
     config = _config(kind)
     plan, _ = make_plan(config, FACTS)
-    return build_objective(config, plan, embed_dim=16, rank=0, world_size=1)
+    return build_objective(config, plan, tiny_tokenizer(), embed_dim=16, rank=0, world_size=1)
 
 
 def _inputs(kind: str) -> list[torch.Tensor]:

@@ -13,9 +13,10 @@ from pipeline.config.schema import Config
 from pipeline.engine.momentum import Momentum
 from pipeline.engine.zero import Engine
 from pipeline.losses.base import LossValue
-from pipeline.train.objective import TOWERS, Outputs, build_momentum, build_objective
+from pipeline.train.module import TOWERS, Outputs
+from pipeline.train.objective import Objective, build_momentum, build_objective
 from pipeline.train.step import train_step
-from tests.tiny import tiny_batch, tiny_config, tiny_facts, tiny_module
+from tests.tiny import tiny_batch, tiny_config, tiny_facts, tiny_module, tiny_tokenizer
 
 DECAY, STEPS = 0.9, 3
 FACTS = tiny_facts()
@@ -61,7 +62,7 @@ def _train_one(stage: int, precision: str) -> tuple[dict[str, Any], dict[str, An
     plan, _ = make_plan(config, FACTS)
     momentum, engine = _start(config)
     literal = {name: value.clone() for name, value in momentum.state_dict().items()}
-    objective = build_objective(config, plan, embed_dim=16, rank=0, world_size=1)
+    objective = build_objective(config, plan, tiny_tokenizer(), embed_dim=16, rank=0, world_size=1)
     losses = []
     for step in range(STEPS):
         batch = tiny_batch(4, rows=4, seed=10 * step + dist.get_rank())
@@ -104,10 +105,8 @@ def test_the_copy_is_the_literal_average_and_the_same_everywhere() -> None:
                 torch.testing.assert_close(value, first[name], rtol=1e-3, atol=1e-4)
 
 
-class _NotFinite:
+class _NotFinite(Objective):
     """An objective of a step that is skipped."""
-
-    needs_text_views = True
 
     def __call__(self, outputs: Outputs, keys: torch.Tensor, samples: int) -> LossValue:
         return LossValue(loss=outputs.image.sum() * float("nan"), metrics={})  # pyright: ignore
@@ -128,11 +127,11 @@ def _views(path: str) -> tuple[bool, bool, bool]:
     train_step(
         engine,
         momentum,
-        _NotFinite(),
+        _NotFinite(None, config.structure, gathered_batch=4, in_modal={}, separation={}),
         iter([batch]),
         accumulation=1,
         lr_factor=1.0,
-        samples=0,  # pyright: ignore[reportArgumentType]
+        samples=0,
     )
     same &= all(torch.equal(value, before[name]) for name, value in momentum.state_dict().items())
     with torch.no_grad():

@@ -14,8 +14,9 @@ from pipeline.config.plan import loss_bytes, make_plan
 from pipeline.config.schema import LossKind
 from pipeline.engine.zero import Engine
 from pipeline.losses.contrastive import InfoNCEGathered
-from pipeline.train.objective import TOWERS, build_loss, build_momentum, build_objective
-from tests.tiny import tiny_config, tiny_facts, tiny_module, tiny_pairs
+from pipeline.train.module import TOWERS
+from pipeline.train.objective import build_loss, build_momentum, build_objective
+from tests.tiny import tiny_config, tiny_facts, tiny_module, tiny_pairs, tiny_tokenizer
 
 Case = tuple[int, str, int]  # ZeRO stage, loss, local batch
 LOCAL, DIM = 3, 10
@@ -89,7 +90,12 @@ def _one_step(stage: int, kind: str, local_batch: int) -> tuple[Record, Record]:
     )
     plan, _ = make_plan(config, FACTS)
     objective = build_objective(
-        config, plan, embed_dim=16, rank=dist.get_rank(), world_size=dist.get_world_size()
+        config,
+        plan,
+        tiny_tokenizer(),
+        embed_dim=16,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
     )
     if kind == "gathered":
         objective.contrast = InfoNCEGathered()

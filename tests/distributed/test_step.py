@@ -7,26 +7,29 @@ import torch
 import torch.distributed as dist
 
 from jobs.bench.ranks import run_ranks
+from pipeline.config.schema import StructureConfig
 from pipeline.engine.zero import Engine
 from pipeline.losses.base import LossValue
 from pipeline.losses.gamma import GammaLoss
-from pipeline.train.objective import Outputs
+from pipeline.train.module import Outputs
+from pipeline.train.objective import Objective
 from pipeline.train.step import train_step
 from tests.tiny import tiny_batch, tiny_config, tiny_module, tiny_pairs
 
 Case = tuple[int, int, tuple[bool, ...]]  # ZeRO stage, micro batches, which are bad on rank 1
 
 
-class _SometimesBad:
-    """The gamma loss, not finite on rank 1 for chosen micro batches."""
+class _SometimesBad(Objective):
+    """The gamma loss, not finite on rank 1 for chosen micro batches; the module sees both views."""
 
-    needs_text_views = True
-
-    def __init__(self, bad: tuple[bool, ...]):
-        self._bad, self._at, self._loss = bad, 0, GammaLoss(virtual_batch=8)
+    def __init__(self, structure: StructureConfig, bad: tuple[bool, ...]):
+        super().__init__(
+            GammaLoss(virtual_batch=8), structure, gathered_batch=8, in_modal={}, separation={}
+        )
+        self._bad, self._at = bad, 0
 
     def __call__(self, outputs: Outputs, keys: torch.Tensor, samples: int) -> LossValue:
-        value = self._loss(*outputs.contrast, keys=keys)
+        value = self.contrast(*outputs.contrast, keys=keys)
         is_bad = self._bad[self._at] and dist.get_rank() == 1
         self._at += 1
         return LossValue(loss=value.loss * float("nan"), metrics={}) if is_bad else value
@@ -67,7 +70,7 @@ def _step(stage: int, accumulation: int, bad: tuple[bool, ...]) -> tuple[bool, b
     result = train_step(
         engine,
         None,
-        _SometimesBad(bad),  # pyright: ignore[reportArgumentType]
+        _SometimesBad(config.structure, bad),
         iter([batch] * accumulation),
         accumulation=accumulation,
         lr_factor=1.0,

@@ -104,9 +104,9 @@ def test_the_contrast_of_views_is_the_literal_one_sided_cross_entropy() -> None:
     assert {name for name in ours.diagnose() if name.endswith("_text")} == set()
 
 
-def test_a_one_sided_loss_has_no_prior_that_knows_two_sides() -> None:
+def test_a_one_sided_loss_has_no_partners_who_know_two_sides() -> None:
     with pytest.raises(ValueError, match="one_sided"):
-        GammaLoss(virtual_batch=8, one_sided=True, prior=object())  # pyright: ignore[reportArgumentType]
+        GammaLoss(virtual_batch=8, one_sided=True, reach=object())  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("block", [3, 256])

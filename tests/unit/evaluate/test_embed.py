@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from pipeline.errors import RunStop
 from pipeline.evaluate.embed import Embedded, Parts, embed_rows
-from pipeline.train.objective import build_pretraining
+from pipeline.train.module import build_pretraining
 from tests.tiny import tiny_batch, tiny_config, tiny_pairs, tiny_tokenizer
 
 

@@ -12,8 +12,9 @@ from pipeline.engine.optimizer import parameter_groups
 from pipeline.losses import contrastive
 from pipeline.losses.gamma import GammaLoss
 from pipeline.losses.structure import bridge, consistency
-from pipeline.train.objective import BRIDGE_CURVE, Objective, Outputs, build_loss, build_objective
-from tests.tiny import tiny_config, tiny_facts, tiny_module, tiny_pairs
+from pipeline.train.module import Outputs
+from pipeline.train.objective import BRIDGE_CURVE, Objective, build_loss, build_objective
+from tests.tiny import tiny_config, tiny_facts, tiny_module, tiny_pairs, tiny_tokenizer
 
 FACTS = tiny_facts(20)
 CLASSES = {
@@ -103,7 +104,9 @@ def _objective(**structure: Any) -> tuple[Objective, Outputs]:
     config = tiny_config(structure=structure)
     plan, _ = make_plan(config, FACTS)
     outputs = tiny_module(config)(*tiny_pairs(6), *tiny_pairs(6, seed=9))
-    return build_objective(config, plan, embed_dim=16, rank=0, world_size=1), outputs
+    return build_objective(
+        config, plan, tiny_tokenizer(), embed_dim=16, rank=0, world_size=1
+    ), outputs
 
 
 KEYS = torch.arange(6)
@@ -158,7 +161,7 @@ def test_a_term_that_has_not_begun_gives_every_parameter_a_gradient_already() ->
     separation = {"weight": 1.0, "start_samples": 10**6}
     config = tiny_config(structure={"separation": separation})
     plan, _ = make_plan(config, FACTS)
-    objective = build_objective(config, plan, embed_dim=16, rank=0, world_size=1)
+    objective = build_objective(config, plan, tiny_tokenizer(), embed_dim=16, rank=0, world_size=1)
     module = tiny_module(config)
     objective(module(*tiny_pairs(6), *tiny_pairs(6, seed=9)), KEYS, 0).loss.backward()
     assert all(parameter.grad is not None for parameter in module.parameters())

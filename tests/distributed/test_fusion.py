@@ -1,0 +1,230 @@
+"""The fusion model under ZeRO 0-3: gradients of one process, one momentum model, exact resume."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from jobs.bench.ranks import run_ranks
+from pipeline.config.plan import make_plan
+from pipeline.config.schema import Config
+from pipeline.data.batches import Batch
+from pipeline.engine.momentum import Momentum
+from pipeline.engine.zero import Engine
+from pipeline.losses.base import LossValue
+from pipeline.train.module import TOWERS
+from pipeline.train.objective import FusionObjective, Objective, build_momentum, build_objective
+from pipeline.train.step import train_step
+from tests.tiny import FUSION, tiny_batch, tiny_config, tiny_facts, tiny_module, tiny_tokenizer
+
+GLOBAL_BATCH = 8
+STAGES = (0, 1, 2, 3)
+DECAY = 0.75
+CPU = torch.device("cpu")
+TERMS: dict[str, Any] = {
+    "views": "momentum",
+    "momentum": DECAY,
+    "in_modal": 0.5,
+    "separation": {"weight": 0.7},
+    "bridge": {"weight": 0.7, "t": 0.3, "text": True},
+    "consistency": {"weight": 0.1},
+}
+
+
+def _config(stage: int = 0, precision: str = "fp32") -> Config:
+    return tiny_config(
+        model=FUSION,
+        loss={"prior": "queue", "queue_size": 16, "evidence": "counted", "virtual_batch": 24},
+        structure=TERMS,
+        engine={"zero_stage": stage, "precision": precision},
+        optim={"lr": 0.02},
+        train={"global_batch": GLOBAL_BATCH},
+    )
+
+
+def _objective(config: Config) -> Objective:
+    plan, problems = make_plan(config, tiny_facts(GLOBAL_BATCH))
+    assert not problems
+    return build_objective(config, plan, tiny_tokenizer(), embed_dim=16, rank=0, world_size=1)
+
+
+def _start(config: Config, micro: int) -> tuple[Momentum, Engine, Objective]:
+    module = tiny_module(config)
+    momentum = build_momentum(config, module, CPU)
+    assert momentum is not None
+    engine = Engine(
+        module, engine=config.engine, optim=config.optim, micro_batch=micro, accumulation=1,
+        device=CPU,
+    )  # fmt: skip
+    return momentum, engine, _objective(config)
+
+
+def _shard(index: int, shards: int, seed: int = 0) -> Batch:
+    whole = tiny_batch(GLOBAL_BATCH, rows=GLOBAL_BATCH, seed=seed)
+    size = GLOBAL_BATCH // shards
+    rows = slice(index * size, (index + 1) * size)
+    return replace(
+        whole, images=whole.images[rows], tokens=whole.tokens[rows], keys=whole.keys[rows]
+    )
+
+
+def _loss(
+    model: Any, momentum: Momentum, objective: Objective, index: int, shards: int
+) -> LossValue:
+    """A shard's loss; what is drawn follows from its number."""
+    torch.manual_seed(index)
+    batch = _shard(index, shards)
+    inputs = objective.inputs(batch)
+    return objective.loss(model(*inputs), momentum(*objective.slow_inputs(inputs)), batch, 0)
+
+
+def _gradients(stages: tuple[int, ...]) -> list[dict[str, torch.Tensor]]:
+    from deepspeed.utils import safe_get_full_grad
+
+    found = []
+    for stage in stages:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        momentum, engine, objective = _start(_config(stage), GLOBAL_BATCH // world)
+        engine.backward(_loss(engine, momentum, objective, rank, world).loss)
+        found.append(
+            {
+                name: gradient.clone()
+                for name, parameter in engine.module.named_parameters()
+                if (gradient := safe_get_full_grad(parameter)) is not None
+            }
+        )
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_gradients_equal_a_single_process(world_size: int) -> None:
+    """Contrast, matching, masked words and every term of the structure at once."""
+    config = _config()
+    module = tiny_module(config)
+    momentum = build_momentum(config, module, CPU)
+    assert momentum is not None
+    parts = [
+        _loss(module, momentum, _objective(config), index, world_size)
+        for index in range(world_size)
+    ]
+    assert {"matching_loss", "masked_words_loss", "structure/bridge_residual_text"} <= set(
+        parts[0].metrics
+    )
+    torch.stack([part.loss for part in parts]).mean().backward()
+    expected = {name: p.grad for name, p in module.named_parameters()}
+    lacking = [name for name, gradient in expected.items() if gradient is None]
+    assert not lacking, "every parameter has a gradient"
+    for rank in run_ranks(_gradients, world_size, STAGES):
+        for stage, gradients in zip(STAGES, rank, strict=True):
+            assert gradients.keys() == expected.keys()
+            for name, gradient in gradients.items():
+                theirs = expected[name]
+                assert theirs is not None
+                difference = (gradient.float() - theirs).abs().max()
+                allowed = 5e-6 + 1e-4 * theirs.abs().max()
+                assert difference <= allowed, f"{name} at ZeRO-{stage}: {difference:.2e}"
+
+
+def _step(momentum: Momentum, engine: Engine, objective: Objective, step: int) -> float:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(100 * step + rank)
+    result = train_step(
+        engine, momentum, objective, iter([_shard(rank, world, seed=step)]), accumulation=1,
+        lr_factor=1.0, samples=8 * step,
+    )  # fmt: skip
+    assert result.is_finite
+    return float(result.metrics["loss"])
+
+
+def _train(cases: list[tuple[int, str]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The momentum model after some steps, and the literal average of the weights after each."""
+    import deepspeed
+
+    found = []
+    for stage, precision in cases:
+        momentum, engine, objective = _start(_config(stage, precision), 4)
+        literal = {name: value.clone() for name, value in momentum.state_dict().items()}
+        for step in range(3):
+            _step(momentum, engine, objective, step)
+            for name, parameter in engine.module.named_parameters():
+                mine = literal[name.removeprefix(TOWERS)]
+                with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
+                    mine.copy_(DECAY * mine + (1 - DECAY) * parameter.detach().float())
+        trained = {id(p) for group in engine._optimizer.param_groups for p in group["params"]}
+        assert not trained & {id(value) for value in momentum.state_dict().values()}
+        found.append((momentum.state_dict(), literal))
+    return found
+
+
+@pytest.mark.distributed
+def test_the_momentum_model_is_the_literal_average_at_every_stage() -> None:
+    cases = [(stage, precision) for precision in ("fp32", "bf16") for stage in STAGES]
+    ranks = run_ranks(_train, 2, cases)
+    for index, (stage, precision) in enumerate(cases):
+        (copy, literal), (other, _) = ranks[0][index], ranks[1][index]
+        for name, value in copy.items():
+            case = f"{name} at ZeRO-{stage} in {precision}"
+            assert torch.equal(value, other[name]), case
+            torch.testing.assert_close(value, literal[name], rtol=1e-5, atol=1e-6, msg=case)
+            if precision == "fp32":
+                first = ranks[0][0][0][name]
+                torch.testing.assert_close(value, first, rtol=1e-3, atol=2e-4, msg=case)
+
+
+def _resumed(folder: str) -> list[tuple[list[float], list[float]]]:
+    """Losses of steps 2 and 3 without a break, and after a load; for each stage."""
+    found = []
+    for stage in STAGES:
+        momentum, engine, objective = _start(_config(stage), 4)
+        for step in range(2):
+            _step(momentum, engine, objective, step)
+        path = Path(folder) / str(stage)
+        engine.save(path)
+        saved = momentum.state_dict(), objective.state_dict()
+        saved = [
+            {name: value.clone() for name, value in saved[0].items()},
+            torch.load(_kept(path, saved[1]), weights_only=True),
+        ]
+        states: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(states, saved[1])
+        straight = [_step(momentum, engine, objective, step) for step in (2, 3)]
+        momentum, engine, objective = _start(_config(stage), 4)
+        engine.load(path)
+        momentum.load_state_dict(saved[0])
+        objective.load_state_dict(states, dist.get_rank(), dist.get_world_size())
+        found.append((straight, [_step(momentum, engine, objective, step) for step in (2, 3)]))
+    return found
+
+
+def _kept(folder: Path, state: dict[str, Any]) -> Path:
+    path = folder / f"objective-{dist.get_rank()}.pt"
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.distributed
+def test_a_resumed_run_goes_on_to_the_last_bit(tmp_path: Path) -> None:
+    """Weights, momentum model, queues: all that a step needs is kept."""
+    for rank in run_ranks(_resumed, 2, str(tmp_path)):
+        for stage, (straight, resumed) in zip(STAGES, rank, strict=True):
+            assert straight == resumed, f"ZeRO-{stage}"
+
+
+def test_what_is_masked_and_drawn_follows_from_torchs_seed() -> None:
+    config = _config()
+    objective = _objective(config)
+    assert isinstance(objective, FusionObjective)
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        _, tokens, masked, chosen = objective.inputs(_shard(0, 1))
+        assert tokens is not None
+        assert masked is not None
+        assert chosen is not None
+        assert torch.equal(masked[~chosen], tokens[~chosen])
+        drawn.append((masked.tolist(), chosen.tolist()))
+    assert drawn[0] == drawn[1] != drawn[2]
