@@ -28,14 +28,29 @@ def demo(
             help="A texture that only the picture shows, an owner that only the caption names.",
         ),
     ] = False,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK",
+            help="Instead of captions: vqa (questions and answers), statements (true or false), "
+            "pairs (statements about two pictures) or entailment.",
+        ),
+    ] = None,
 ) -> None:
-    """Make a procedural image-text set: scenes of coloured shapes with captions."""
+    """Make a procedural image-text set: scenes of coloured shapes with captions, or a task."""
     from pipeline.data.demo import write_demo
+    from pipeline.data.questions import TASKS
 
     console: Console = context.obj
+    if task is not None and task not in TASKS:
+        raise UserError(
+            f"--task is {task}; there is {', '.join(TASKS)}: choose one or leave it out"
+        )
     try:
         with console.status(f"Drawing {rows:,} scenes ..."):
-            summary = write_demo(out, rows, seed, private=private)
+            summary = write_demo(
+                out, rows, seed, private=private, task=TASKS[task] if task else None
+            )
     except ValueError as error:
         raise UserError(str(error)) from error
     splits = ", ".join(f"{name} {count:,}" for name, count in summary.rows.items())
@@ -65,7 +80,8 @@ def prepare_data(
 ) -> None:
     """Turn pairs of any form into shuffled Parquet shards of small pictures.
 
-    The same command goes on with a job that was stopped.
+    So too questions (VQA), statements (NLVR2) and hypotheses (SNLI-VE) about pictures. The same
+    command goes on with a job that was stopped.
     """
     from pipeline.data.prepare.job import Options, prepare
     from pipeline.data.prepare.on_ray import OnRay, PrepareFailed
@@ -107,7 +123,11 @@ def _print_prepared(console: Console, outcome: Any) -> None:
     if stats["further_images_left_out"]:
         lines.insert(2, "Rows had several images; the first of each was taken, "
                         f"{stats['further_images_left_out']:,} left out.")  # fmt: skip
-    lines.append(f"Next: gammaray train CONFIG data.train={outcome.out}")
+    if "labels" in stats:
+        labels = ", ".join(f"{name} {count:,}" for name, count in stats["labels"].items())
+        lines.append(f"Labels: {labels}")
+    if stats["source"].get("task", "captions") == "captions":
+        lines.append(f"Next: gammaray train CONFIG data.train={outcome.out}")
     console.print("\n".join(lines), markup=False, soft_wrap=True)
 
 

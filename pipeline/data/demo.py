@@ -3,8 +3,8 @@
 Enters: a number of rows and a seed. Leaves: Parquet shards per split; also scenes, pictures and
 captions one by one. Every row follows from ``(seed, split, row)`` alone, so a smaller set is a
 prefix of a larger one. A private set tells in each modality something that the other does not know
-(see ``pipeline.data.private``); its scenes are the same. Must not know: Ray, the trainer, the
-model.
+(see ``pipeline.data.private``); its scenes are the same. Another ``Task`` writes its own rows in
+the same way. Must not know: Ray, the trainer, the model, what the tasks ask.
 
 Coordinates are whole pixels in a 64 x 64 frame, x to the right and y downwards, measured along
 pixel edges: (0, 0) is the top left corner of the picture and (32, 32) its centre.
@@ -15,8 +15,9 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,13 +97,14 @@ _EDGE_MARGIN = 1
 _GAP = 2
 _DOMINANCE = 2
 _LAYOUT_TRIES = 256
+_LAYOUT_ROUNDS = 2000  # so many tries fail only where nothing fits
 _MAX_EVAL_ROWS = 1000
 _T = TypeVar("_T")
 
 # Ranges of an object's centre that count as low, middle and high on one axis. The gaps between
 # them keep a named place clear of its neighbours.
 _BANDS = ((0, 22), (28, 36), (42, IMAGE_SIZE))
-_PLACES = (
+PLACES = (
     ("top left", "top", "top right"),
     ("left", "center", "right"),
     ("bottom left", "bottom", "bottom right"),
@@ -124,6 +126,8 @@ _RELATION_PHRASES = {
     "above": ("above",),
     "below": ("below",),
 }
+# The axis, 0 for x, along which a relation is told, and the sign of a's offset from b in "a w b".
+_DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 # Without a place only size, color and shape tell scenes apart, so most captions leave it out.
 _PLACED_SHARE = 0.375
 _PLACED_TEMPLATES = (
@@ -203,6 +207,18 @@ class DemoSummary:
     created: bool
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """Another set of rows about such scenes: its columns, and ``make(split, row, seed)`` of a row.
+
+    ``name`` goes into the set's record, so rows that change need another name or VERSION.
+    """
+
+    name: str
+    schema: pa.Schema
+    make: Callable[[str, int, int], dict[str, object]]
+
+
 def sample_scene(rng: np.random.Generator, allow_held_out: bool) -> Scene:
     """Sample 1 to 3 objects that do not overlap and differ pairwise in color or shape.
 
@@ -218,8 +234,21 @@ def sample_scene(rng: np.random.Generator, allow_held_out: bool) -> Scene:
     sizes = [SIZES[i] for i in rng.integers(len(SIZES), size=count)]
     if count == 3:
         sizes[1:] = ["small", "small"]  # more than one large object leaves no room for three
-    layout = _sample_place(rng, sizes[0]) if count == 1 else _sample_layout(rng, sizes)
-    jitter = rng.integers(-_COLOR_JITTER, _COLOR_JITTER + 1, size=(count, 3))
+    layout = sample_place(rng, sizes[0]) if count == 1 else sample_layout(rng, sizes)
+    looks = [(*pair, size) for pair, size in zip(pairs, sizes, strict=True)]
+    return compose(rng, looks, layout)
+
+
+def compose(
+    rng: np.random.Generator,
+    looks: Sequence[tuple[str, str, str]],
+    layout: Sequence[tuple[int, int, int]],
+) -> Scene:
+    """Make the scene of objects that look so (color, shape, size) and lie there (x, y, radius).
+
+    ``rng`` draws each object's exact color, the background and its noise.
+    """
+    jitter = rng.integers(-_COLOR_JITTER, _COLOR_JITTER + 1, size=(len(looks), 3))
     objects = tuple(
         SceneObject(
             shape=shape,
@@ -230,9 +259,7 @@ def sample_scene(rng: np.random.Generator, allow_held_out: bool) -> Scene:
             radius=radius,
             rgb=_rgb(np.add(RGB[color], offset)),
         )
-        for (color, shape), size, (x, y, radius), offset in zip(
-            pairs, sizes, layout, jitter, strict=True
-        )
+        for (color, shape, size), (x, y, radius), offset in zip(looks, layout, jitter, strict=True)
     )
     return Scene(
         objects=objects,
@@ -241,10 +268,62 @@ def sample_scene(rng: np.random.Generator, allow_held_out: bool) -> Scene:
     )
 
 
+def sample_place(
+    rng: np.random.Generator, size: str, where: str | None = None
+) -> list[tuple[int, int, int]]:
+    """Sample (x, y, radius) of a lone object, in each of the nine places alike often.
+
+    With ``where`` it lies in that place.
+    """
+    radius = int(rng.integers(*_LONE_RADII[size], endpoint=True))
+    cell = rng.integers(len(_LONE_CENTERS), size=2) if where is None else np.array(_cell(where))
+    point = np.array(_LONE_CENTERS)[cell]
+    x, y = (point + rng.integers(-_LONE_JITTER, _LONE_JITTER, size=2, endpoint=True)).tolist()
+    return [(x, y, radius)]
+
+
+def sample_layout(
+    rng: np.random.Generator,
+    sizes: Sequence[str],
+    *,
+    sides: Sequence[tuple[int, str, int]] = (),
+    places: Mapping[int, str] | None = None,
+) -> list[tuple[int, int, int]]:
+    """Sample (x, y, radius) of two or three objects with disjoint boxes and clear relations.
+
+    Every relation (i, word, j) of ``sides`` holds, and object i lies in ``places[i]``. Layouts are
+    drawn many at a time because most of those with large objects do not fit. Raises ValueError
+    when none fits.
+    """
+    count = len(sizes)
+    low, high = np.array([_RADII[size] for size in sizes]).T
+    first, second = np.array(list(combinations(range(count), 2))).T
+    for _ in range(_LAYOUT_ROUNDS):
+        radii = rng.integers(low, high, endpoint=True)
+        nearest, farthest = _reach(radii, places or {})
+        centers = rng.integers(nearest, farthest, size=(_LAYOUT_TRIES, count, 2), endpoint=True)
+        offsets = np.abs(centers[:, first] - centers[:, second])
+        longer, shorter = offsets.max(axis=2), offsets.min(axis=2)
+        apart = longer >= radii[first] + radii[second] + _GAP
+        clear = longer >= _DOMINANCE * shorter
+        fits = apart.all(axis=1) & (clear.sum(axis=1) >= count - 1)
+        for i, word, j in sides:
+            axis, sign = _DIRECTIONS[word]
+            offset = centers[:, i] - centers[:, j]
+            fits &= sign * offset[:, axis] >= _DOMINANCE * np.abs(offset[:, 1 - axis])
+        if fits.any():
+            chosen = centers[fits.argmax()].tolist()
+            return [(x, y, r) for (x, y), r in zip(chosen, radii.tolist(), strict=True)]
+    raise ValueError(
+        f"sizes {sizes}, sides {sides} and places {places} leave no layout: objects may not "
+        "overlap; make them small or ask for less"
+    )
+
+
 def place(thing: SceneObject) -> str | None:
     """Name the ninth of the picture that clearly holds the object's centre, None if none does."""
     row, column = _band(thing.y), _band(thing.x)
-    return None if row is None or column is None else _PLACES[row][column]
+    return None if row is None or column is None else PLACES[row][column]
 
 
 def relation(a: SceneObject, b: SceneObject) -> str | None:
@@ -372,28 +451,35 @@ def write_demo(
     on_progress: Callable[[int, int], None] | None = None,
     *,
     private: bool = False,
+    task: Task | None = None,
 ) -> DemoSummary:
     """Write ``rows`` training rows, and val and test, to ``OUT/<split>/part-<number>.parquet``.
 
+    They are captioned scenes, textured and signed if ``private``, or the rows of ``task``.
     The folder appears whole or not at all. One that already holds this very set is left alone;
     one that holds another demo set is replaced. ``on_progress`` receives (rows done, rows in
     all) after every row group.
 
-    Raises ValueError when ``rows`` or ``seed`` is out of range, or when ``out`` holds anything
-    but a demo set.
+    Raises ValueError when ``rows`` or ``seed`` is out of range, when both ``private`` and ``task``
+    are given, or when ``out`` holds anything but a demo set.
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
+    if private and task is not None:
+        raise ValueError(f"task is {task.name} and private is set; a set is one of them: drop one")
     start = time.perf_counter()
-    record = {"rows": rows, "seed": seed, "version": VERSION, **({"private": 1} if private else {})}
+    record: dict[str, int | str] = {"rows": rows, "seed": seed, "version": VERSION}
+    record |= {"private": 1} if private else {"task": task.name} if task else {}
+    kind = task or (_PRIVATE if private else _PLAIN)
     created = _read_record(out) != record
     if created:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as name:
             staging = Path(name)
-            _write_set(staging / "new", record, on_progress)
+            _write_set(staging / "new", kind, rows, seed, on_progress)
+            (staging / "new" / _RECORD_NAME).write_text(json.dumps(record) + "\n")
             # Another process may have written the same set meanwhile, and be reading it.
             created = _read_record(out) != record
             if created:
@@ -418,36 +504,21 @@ def _band(center: int) -> int | None:
     return next((i for i, (low, high) in enumerate(_BANDS) if low <= center <= high), None)
 
 
-def _sample_place(rng: np.random.Generator, size: str) -> list[tuple[int, int, int]]:
-    """Sample (x, y, radius) of a lone object, in each of the nine places alike often."""
-    radius = int(rng.integers(*_LONE_RADII[size], endpoint=True))
-    point = np.array(_LONE_CENTERS)[rng.integers(len(_LONE_CENTERS), size=2)]
-    x, y = (point + rng.integers(-_LONE_JITTER, _LONE_JITTER, size=2, endpoint=True)).tolist()
-    return [(x, y, radius)]
+def _cell(where: str) -> tuple[int, int]:
+    """Column and row of a place among the nine."""
+    row = next(row for row, names in enumerate(PLACES) if where in names)
+    return PLACES[row].index(where), row
 
 
-def _sample_layout(rng: np.random.Generator, sizes: list[str]) -> list[tuple[int, int, int]]:
-    """Sample (x, y, radius) of two or three objects with disjoint boxes and clear relations.
-
-    Layouts are drawn many at a time because most of those with large objects do not fit.
-    """
-    count = len(sizes)
-    low, high = np.array([_RADII[size] for size in sizes]).T
-    first, second = np.array(list(combinations(range(count), 2))).T
-    while True:
-        radii = rng.integers(low, high, endpoint=True)
-        nearest = (radii + _EDGE_MARGIN)[:, None]
-        centers = rng.integers(
-            nearest, IMAGE_SIZE - nearest, size=(_LAYOUT_TRIES, count, 2), endpoint=True
-        )
-        offsets = np.abs(centers[:, first] - centers[:, second])
-        longer, shorter = offsets.max(axis=2), offsets.min(axis=2)
-        apart = longer >= radii[first] + radii[second] + _GAP
-        clear = longer >= _DOMINANCE * shorter
-        fits = apart.all(axis=1) & (clear.sum(axis=1) >= count - 1)
-        if fits.any():
-            chosen = centers[fits.argmax()].tolist()
-            return [(x, y, r) for (x, y), r in zip(chosen, radii.tolist(), strict=True)]
+def _reach(radii: np.ndarray, places: Mapping[int, str]) -> tuple[np.ndarray, np.ndarray]:
+    """Least and greatest centers, each [objects, 2], that keep objects in the frame and place."""
+    nearest = np.repeat((radii + _EDGE_MARGIN)[:, None], 2, axis=1)
+    farthest = IMAGE_SIZE - nearest
+    for i, where in places.items():
+        low, high = np.array([_BANDS[index] for index in _cell(where)]).T
+        nearest[i] = np.maximum(nearest[i], low)
+        farthest[i] = np.minimum(farthest[i], high)
+    return nearest, farthest
 
 
 def _pick(rng: np.random.Generator, options: Sequence[_T]) -> _T:
@@ -548,7 +619,7 @@ _OUTLINES = {
 }
 
 
-def _read_record(out: Path) -> dict[str, int] | None:
+def _read_record(out: Path) -> dict[str, int | str] | None:
     """Read what ``out`` was made from, None when it is absent or empty.
 
     Raises ValueError when it holds anything but a demo set, since that would be lost.
@@ -564,7 +635,7 @@ def _read_record(out: Path) -> dict[str, int] | None:
         record = json.loads((out / _RECORD_NAME).read_text())
     except ValueError:
         raise problem from None
-    if not isinstance(record, dict) or record.keys() - {"private"} != {
+    if not isinstance(record, dict) or record.keys() - {"private", "task"} != {
         "rows",
         "seed",
         "version",
@@ -573,27 +644,32 @@ def _read_record(out: Path) -> dict[str, int] | None:
     return record
 
 
+_PLAIN = Task(name="captions", schema=SCHEMA, make=make_row)
+_PRIVATE = Task(name="private", schema=PRIVATE_SCHEMA, make=partial(make_row, private=True))
+
+
 def _write_set(
-    folder: Path, record: dict[str, int], on_progress: Callable[[int, int], None] | None
+    folder: Path,
+    task: Task,
+    rows: int,
+    seed: int,
+    on_progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Write all splits and the record into a new folder."""
-    counts = split_rows(record["rows"])
+    """Write all splits into a new folder."""
+    counts = split_rows(rows)
     total, done = sum(counts.values()), 0
     for split, count in counts.items():
         (folder / split).mkdir(parents=True)
-        is_private = "private" in record
-        for written in _write_split(folder / split, split, count, record["seed"], is_private):
+        for written in _write_split(folder / split, task, split, count, seed):
             done += written
             if on_progress is not None:
                 on_progress(done, total)
-    (folder / _RECORD_NAME).write_text(json.dumps(record) + "\n")
 
 
-def _write_split(folder: Path, split: str, count: int, seed: int, private: bool) -> Iterator[int]:
+def _write_split(folder: Path, task: Task, split: str, count: int, seed: int) -> Iterator[int]:
     """Write one split's shards, yielding the number of rows of each row group once written."""
     # JPEG bytes do not compress, and no two are alike: neither zstd nor a dictionary would help.
-    schema = PRIVATE_SCHEMA if private else SCHEMA
-    text_columns = [name for name in schema.names if name != "image"]
+    text_columns = [name for name in task.schema.names if name not in {"image", "images"}]
     # Any, since pyarrow's annotations do not know that each option can be given per column.
     options: dict[str, Any] = {
         "compression": {"image": "none"} | dict.fromkeys(text_columns, "zstd"),
@@ -603,9 +679,9 @@ def _write_split(folder: Path, split: str, count: int, seed: int, private: bool)
     for shard, shard_start in enumerate(range(0, count, SHARD_ROWS)):
         shard_stop = min(shard_start + SHARD_ROWS, count)
         path = folder / f"part-{shard:05d}.parquet"
-        with pq.ParquetWriter(path, schema, **options) as writer:
+        with pq.ParquetWriter(path, task.schema, **options) as writer:
             for start in range(shard_start, shard_stop, ROW_GROUP_ROWS):
                 stop = min(start + ROW_GROUP_ROWS, shard_stop)
-                batch = [make_row(split, row, seed, private=private) for row in range(start, stop)]
-                writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+                batch = [task.make(split, row, seed) for row in range(start, stop)]
+                writer.write_table(pa.Table.from_pylist(batch, schema=task.schema))
                 yield stop - start

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -26,6 +27,7 @@ PLACE = "IN"
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 TAR_IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
+ANSWER_LIST = "answer_list.json"  # ALBEF's: what may be answered, beside its tables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +106,8 @@ def _choose_form(path: str, files: list[File]) -> tuple[Form, list[File]]:
     tables = [
         file
         for file in files
-        if file.name.lower().endswith(TABLE_SUFFIXES) and not file.name.endswith("_stats.json")
+        if file.name.lower().endswith(TABLE_SUFFIXES)
+        and not file.name.endswith(("_stats.json", ANSWER_LIST))
     ]
     if tars:
         # img2dataset writes an index of each tar beside it, without pixels.
@@ -118,7 +121,8 @@ def _choose_form(path: str, files: list[File]) -> tuple[Form, list[File]]:
         return "webdataset", tars
     if parquet:
         return "parquet", parquet
-    if len(tables) > 1 and not any(character in path for character in "*?["):
+    is_pattern = any(character in path for character in "*?[")
+    if len(tables) > 1 and not is_pattern and question_pair(tables) is None:
         raise UserError(
             f"{PLACE}: {path} holds {len(tables)} tables ({', '.join(t.name for t in tables[:4])}"
             f"{', ...' if len(tables) > 4 else ''}); give one, or a pattern of those that belong "
@@ -133,6 +137,24 @@ def _choose_form(path: str, files: list[File]) -> tuple[Form, list[File]]:
         "CSV, TSV, JSON or JSONL"
         + ("; write a CSV with the columns image and caption" if pictures else "")
     )
+
+
+def question_pair(files: Sequence[File]) -> tuple[File, File] | None:
+    """VQA's questions and their annotations, where the files are just these two."""
+    questions = [file for file in files if file.name.lower().endswith("questions.json")]
+    answers = [file for file in files if file.name.lower().endswith("annotations.json")]
+    is_pair = len(files) == 2 and len(questions) == len(answers) == 1
+    return (questions[0], answers[0]) if is_pair else None
+
+
+def read_answer_list(found: Found) -> bytes | None:
+    """The content of ALBEF's list of answers, if it lies beside the first table."""
+    path = join(above(join(found.root, found.files[0].name)), ANSWER_LIST)
+    filesystem, inner = open_filesystem(path)
+    if filesystem.get_file_info(inner).type != pafs.FileType.File:
+        return None
+    with filesystem.open_input_stream(inner) as stream:
+        return stream.read()
 
 
 def _refuse_mixed_splits(path: str, files: list[File]) -> None:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.prepare.store import SHARDS, Store, name_part
+from pipeline.data.prepare.tasks import CAPTIONS, LABEL, Task, picture_bytes, pictures_of
 
 FOOTER = b"gammaray"
 
@@ -93,19 +94,22 @@ class Gather:
 
     store: Store
     row_group: int  # bytes of images, at most
-    has_lists: bool
+    has_lists: bool  # whether a pair has several captions
     has_split: bool
+    task: Task = CAPTIONS
 
     def __call__(self, shard: Shard) -> dict[str, Any]:
         """Write the shard; give its facts."""
         schema = self._schema()
-        text = [name for name in schema.names if name not in ("image", "width", "height")]
+        text = [field.name for field in schema if field.type == pa.string()]
         # Any, since pyarrow's annotations do not know that each option can be given per column.
         options: dict[str, Any] = {
-            "compression": {"image": "none"}
-            | {name: "zstd" for name in schema.names if name != "image"},
-            "use_dictionary": ["split"],
-            "write_statistics": [name for name in text if name != "caption"],
+            "compression": {
+                _leaf(field): "none" if field.name in ("image", "images") else "zstd"
+                for field in schema
+            },
+            "use_dictionary": ["split", LABEL],
+            "write_statistics": [name for name in text if name != self.task.said],
         }
         content = hashlib.sha256()
         facts = {"number": shard.number, "name": shard.name, "rows": 0, "image_bytes": 0}
@@ -114,8 +118,8 @@ class Gather:
             with pq.ParquetWriter(sink, schema, **options) as writer:
                 for rows in self._row_groups(shard):
                     for row in rows:
-                        _hash_row(content, row)
-                        facts["image_bytes"] += len(row["image"])
+                        _hash_row(content, row, self.task)
+                        facts["image_bytes"] += picture_bytes(row)
                     facts["rows"] += len(rows)
                     writer.write_table(self._table(rows, schema))
                 facts["digest"] = content.hexdigest()
@@ -125,15 +129,25 @@ class Gather:
         return facts
 
     def _schema(self) -> pa.Schema:
-        text = pa.string()
+        text, task = pa.string(), self.task
+        pictures, *sides = task.picture_fields(pa.binary())
         fields = [
-            pa.field("key", text, nullable=False),
-            pa.field("image", pa.binary(), nullable=False),
-            pa.field("caption", pa.list_(text) if self.has_lists else text, nullable=False),
-            pa.field("width", pa.int32(), nullable=False),
-            pa.field("height", pa.int32(), nullable=False),
+            pa.field("key", text),
+            pictures,
+            *(pa.field(name, text) for name in task.texts),
+            *([pa.field(task.several, self._several_type())] if task.several else []),
+            *sides,
         ]
+        fields = [field.with_nullable(field.name == "question_id") for field in fields]
         return pa.schema([*fields, pa.field("split", text)] if self.has_split else fields)
+
+    def _several_type(self) -> pa.DataType:
+        return pa.string() if self._is_single else pa.list_(pa.string())
+
+    @property
+    def _is_single(self) -> bool:
+        """Whether every pair has one caption, which then is no list."""
+        return self.task == CAPTIONS and not self.has_lists
 
     def _row_groups(self, shard: Shard) -> Iterator[list[dict[str, Any]]]:
         """All rows in order, cut so that no group passes the limit (but a single larger row)."""
@@ -141,11 +155,11 @@ class Gather:
         size = 0
         for batches in shard.buckets:
             for row in self._sorted(batches):
-                if rows and size + len(row["image"]) > self.row_group:
+                if rows and size + picture_bytes(row) > self.row_group:
                     yield rows
                     rows, size = [], 0
                 rows.append(row)
-                size += len(row["image"])
+                size += picture_bytes(row)
         if rows:
             yield rows
 
@@ -166,14 +180,20 @@ class Gather:
 
     def _table(self, rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
         columns = {name: [row[name] for row in rows] for name in schema.names}
-        if not self.has_lists:
+        if self._is_single:
             columns["caption"] = [captions[0] for captions in columns["caption"]]
         return pa.table(columns, schema=schema)
 
 
-def _hash_row(content: Any, row: dict[str, Any]) -> None:
-    texts = [row["key"], row["split"] or "", *row["caption"]]
-    fields = [*(text.encode() for text in texts), row["image"]]
+def _leaf(field: pa.Field) -> str:
+    """The name that Parquet gives the column of values."""
+    return f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+
+
+def _hash_row(content: Any, row: dict[str, Any], task: Task) -> None:
+    texts = [row["key"], row["split"] or "", *(row[name] or "" for name in task.texts)]
+    texts += row[task.several] if task.several else []
+    fields = [*(text.encode() for text in texts), *pictures_of(row)]
     # Lengths first, so that no two rows give the same bytes.
     content.update(" ".join(str(len(item)) for item in fields).encode() + b"\n")
     for item in fields:

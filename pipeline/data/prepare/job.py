@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.data.prepare.files import find_files
+from pipeline.data.prepare.files import ANSWER_LIST, find_files, read_answer_list
 from pipeline.data.prepare.gather import Gather, Shard, plan_shards, read_shards
 from pipeline.data.prepare.scatter import Part, Scatter, pack, read_parts, write_quarantine
 from pipeline.data.prepare.sources import open_origin
 from pipeline.data.prepare.stats import add_counts, make_stats
 from pipeline.data.prepare.store import LISTING, PARTS, PLAN, QUARANTINE, SHARDS, STATS, WORK, Store
+from pipeline.data.prepare.tasks import VQA
 from pipeline.errors import UserError
 
 FORMAT = 1  # raise it whenever the same source and options would give other shards
@@ -140,9 +141,12 @@ def prepare(
         row_group=sizes.row_group,
         has_lists=any(summary["has_lists"] for summary in summaries),
         has_split=any(summary["has_split"] for summary in summaries),
+        task=source.reader.task,
     )
     written = _make_missing("writing", gather, shards, read_shards(store, shards), run, listener)
     stats = make_stats(source, record, summaries, written)
+    if source.reader.task == VQA and (answer_list := read_answer_list(found)) is not None:
+        store.write(ANSWER_LIST, lambda sink: sink.write(answer_list))
     _publish(store, shards, stats)
     return Outcome(out=out, stats=stats, created=True)
 
@@ -176,7 +180,7 @@ def _check_any(store: Store, summaries: list[dict[str, Any]]) -> None:
     raise UserError(
         f"IN: none of {rows:,} rows is usable"
         + (f" ({why}); {store.url(QUARANTINE)} lists them" if rows else "")
-        + "; look at the images and captions"
+        + "; look at the images and texts"
         + (", and at --images" if "missing_file" in reasons else "")
         + f", and remove {store.root} before another try"
     )

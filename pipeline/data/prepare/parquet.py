@@ -1,4 +1,4 @@
-"""Pairs in Parquet of any layout: a unit is a row group.
+"""Pairs in Parquet of any layout, and listings of tables: a unit is a row group.
 
 Enters: the files found, column names; then a unit. Leaves: the resolved columns and units; then
 rows. Must not know: Ray, decoding, the other forms.
@@ -6,6 +6,7 @@ rows. Must not know: Ray, decoding, the other forms.
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -45,11 +46,24 @@ def parquet_units(found: Found, image: str, caption: str) -> tuple[Columns, list
     return catalog.sources[0].columns, units
 
 
-def group_rows(filesystem: pafs.FileSystem, columns: Columns, unit: Unit) -> Iterator[SourceRow]:
-    """The rows of a row group; each is damaged where the group is."""
+def group_rows(
+    filesystem: pafs.FileSystem,
+    columns: Columns,
+    unit: Unit,
+    texts: tuple[str, ...] = (),
+    second: str | None = None,
+) -> Iterator[SourceRow]:
+    """The rows of a row group; each is damaged where the group is.
+
+    `texts` are further columns to be read; `second` is that of the second image of every row.
+    """
     labels = _labels(filesystem, unit.path)
     try:
-        table = read_rows(filesystem, unit.path, unit.group, columns, labels)
+        table = read_rows(filesystem, unit.path, unit.group, columns, [*labels, *texts])
+        other = None
+        if second is not None:
+            there = replace(columns, image=second)
+            other = read_rows(filesystem, unit.path, unit.group, there)
     except RuntimeError as error:
         # A bad moment of the storage must not drop rows: only a whole local file is surely damaged.
         cause = error.__cause__
@@ -68,7 +82,7 @@ def group_rows(filesystem: pafs.FileSystem, columns: Columns, unit: Unit) -> Ite
     for index, number in enumerate(table.column("row").to_pylist()):
         row = unit.first_row + number
         key = keys[0][index].as_py() if keys else None
-        yield SourceRow(
+        found = SourceRow(
             unit=unit,
             row=row,
             key=f"{unit.name}:{row}" if key is None else key,
@@ -76,7 +90,18 @@ def group_rows(filesystem: pafs.FileSystem, columns: Columns, unit: Unit) -> Ite
             captions=as_captions(captions[index].as_py()),
             split=splits[index].as_py(),
             absence=absences[index].as_py(),
+            texts={name: table.column(f"label/{name}")[index].as_py() for name in texts},
         )
+        yield found if other is None else _with_second(found, other, index)
+
+
+def _with_second(row: SourceRow, other: pa.Table, index: int) -> SourceRow:
+    """The row with its second image; where one was not even named, that is why it has none."""
+    images = [*row.images, *(other.column("image")[index].as_py() or [])]
+    absence = row.absence or other.column("absence")[index].as_py()
+    if absence is None and None in images:
+        absence = "not_two_images"
+    return replace(row, images=images, absence=absence)
 
 
 def _labels(filesystem: pafs.FileSystem, path: str) -> list[str]:

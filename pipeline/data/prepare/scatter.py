@@ -15,25 +15,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.image import BadImage
-from pipeline.data.prepare.fit import fit_first
+from pipeline.data.prepare.fit import Fitted, fit_first
 from pipeline.data.prepare.sources import Origin, Reader
 from pipeline.data.prepare.stats import Tally
 from pipeline.data.prepare.store import PARTS, QUARANTINE, Store, name_part
+from pipeline.data.prepare.tasks import LABEL, Task, as_plural, picture_bytes
 from pipeline.data.prepare.units import SourceRow, Unit
 
 MAX_PARTS = 4096  # parts x buckets are read in the second pass
 
-ROWS = pa.schema(
+PLACES = pa.schema(
     [
         ("order", pa.uint64()),
         ("file", pa.int32()),
         ("row", pa.int64()),
         ("key", pa.string()),
         ("split", pa.string()),
-        ("caption", pa.list_(pa.string())),
-        ("image", pa.large_binary()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
     ]
 )
 DROPPED = pa.schema(
@@ -103,9 +100,10 @@ class Scatter:
         cv2.setNumThreads(1)  # one task, one CPU
         tally = Tally(number=part.number)
         dropped: list[dict[str, Any]] = []
+        schema = _rows_schema(self.reader.task)
 
         def write(sink: Any) -> None:
-            with pa.ipc.new_file(sink, ROWS) as writer:
+            with pa.ipc.new_file(sink, schema) as writer:
                 for rows in self._buffers(part, tally, dropped):
                     self._write_buckets(writer, rows, tally)
 
@@ -135,7 +133,7 @@ class Scatter:
                 )
                 continue
             rows.append(made)
-            size += len(made["image"])
+            size += picture_bytes(made)
             if size >= self.buffer:
                 yield rows
                 rows, size = [], 0
@@ -143,34 +141,22 @@ class Scatter:
             yield rows
 
     def _make(self, row: SourceRow, tally: Tally) -> dict[str, Any]:
-        if row.absence is not None:
-            raise _Dropped(row.absence)
-        if not row.captions:
-            raise _Dropped("empty_caption")
-        fitted = fit_first(row.images, self.short_side)
-        tally.rows_out += 1
-        tally.kept_images += fitted.is_kept
-        tally.further_images += sum(bool(image) for image in row.images) - 1
-        tally.has_lists |= len(row.captions) > 1
-        tally.has_split |= row.split is not None
-        spreads = tally.spreads
-        spreads["source_short_side"][fitted.source_short_side] += 1
-        spreads["short_side"][min(fitted.width, fitted.height)] += 1
-        spreads["captions"][len(row.captions)] += 1
-        for caption in row.captions:
-            spreads["caption_characters"][len(caption)] += 1
-            spreads["caption_words"][len(caption.split())] += 1
-        return {
+        task = self.reader.task
+        if (fault := _fault(task, row)) is not None:
+            raise _Dropped(fault)
+        groups = [row.images] if task.num_pictures == 1 else [[image] for image in row.images]
+        fitted = [fit_first(images, self.short_side) for images in groups]
+        _count(tally, task, row, fitted)
+        made = {
             "order": order_of(self.seed, row.unit.file, row.row),
             "file": row.unit.file,
             "row": row.row,
             "key": row.key,
             "split": row.split,
-            "caption": row.captions,
-            "image": fitted.data,
-            "width": fitted.width,
-            "height": fitted.height,
+            **row.texts,
+            **_place(fitted),
         }
+        return made | ({task.several: row.captions} if task.several else {})
 
     def _write_buckets(self, writer: Any, rows: list[dict[str, Any]], tally: Tally) -> None:
         def bucket_of(row: dict[str, Any]) -> int:
@@ -179,9 +165,61 @@ class Scatter:
         rows.sort(key=bucket_of)
         for bucket, group in itertools.groupby(rows, bucket_of):
             some = list(group)
-            writer.write_batch(pa.RecordBatch.from_pylist(some, schema=ROWS))
-            size = sum(len(row["image"]) for row in some)
+            schema = _rows_schema(self.reader.task)
+            writer.write_batch(pa.RecordBatch.from_pylist(some, schema=schema))
+            size = sum(map(picture_bytes, some))
             tally.batches.append((bucket, len(some), size))
+
+
+def _rows_schema(task: Task) -> pa.Schema:
+    several = [pa.field(task.several, pa.list_(pa.string()))] if task.several else []
+    texts = [pa.field(name, pa.string()) for name in task.texts]
+    return pa.schema([*PLACES, *several, *texts, *task.picture_fields(pa.large_binary())])
+
+
+def _fault(task: Task, row: SourceRow) -> str | None:
+    """Why the row cannot be used, as far as that shows without decoding."""
+    if row.absence is not None:
+        return row.absence
+    if task.texts and not row.texts[task.said]:
+        return f"empty_{task.said}"
+    if task.several and not row.captions:
+        return f"empty_{task.several}"
+    if LABEL in task.texts and row.texts[LABEL] is None:
+        return "unknown_label"
+    return None
+
+
+def _place(fitted: list[Fitted]) -> dict[str, Any]:
+    """The columns of a row's pictures: of one picture its own, of several their lists."""
+    columns: dict[str, list[Any]] = {
+        "image": [picture.data for picture in fitted],
+        "width": [picture.width for picture in fitted],
+        "height": [picture.height for picture in fitted],
+    }
+    if len(fitted) == 1:
+        return {name: values[0] for name, values in columns.items()}
+    return {as_plural(name): values for name, values in columns.items()}
+
+
+def _count(tally: Tally, task: Task, row: SourceRow, fitted: list[Fitted]) -> None:
+    """A good row among the others of its part."""
+    tally.rows_out += 1
+    tally.kept_images += sum(picture.is_kept for picture in fitted)
+    tally.further_images += sum(bool(image) for image in row.images) - len(fitted)
+    tally.has_lists |= len(row.captions) > 1
+    tally.has_split |= row.split is not None
+    spreads = tally.spreads
+    for picture in fitted:
+        spreads["source_short_side"][picture.source_short_side] += 1
+        spreads["short_side"][min(picture.width, picture.height)] += 1
+    if task.several:
+        spreads[as_plural(task.several)][len(row.captions)] += 1
+    if label := row.texts.get(LABEL):
+        tally.labels[label] += 1
+    for text in [row.texts[task.said] or ""] if task.texts else row.captions:
+        spreads[f"{task.said}_characters"][len(text)] += 1
+        spreads[f"{task.said}_words"][len(text.split())] += 1
 
 
 def order_of(seed: int, file: int, row: int) -> int:

@@ -1,4 +1,4 @@
-"""Pairs in the forms that people have them: Parquet, WebDataset tars, CSV and TSV, JSON.
+"""Rows in the forms that people have them: Parquet, WebDataset tars, CSV and TSV, JSON.
 
 Enters: the files found, column names. Leaves: an `Origin`, which says what is read at once, and its
 rows with their encoded images; or a `UserError` that says what is there and what to do.
@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from pipeline.data.layout import Columns
 from pipeline.data.prepare.files import Form, Found
-from pipeline.data.prepare.listing import LISTED, list_tables
+from pipeline.data.prepare.listing import LISTED, SECOND, list_tables
 from pipeline.data.prepare.parquet import group_rows, parquet_units
 from pipeline.data.prepare.tars import tar_rows, tar_units
+from pipeline.data.prepare.tasks import CAPTIONS, Task
 from pipeline.data.prepare.units import SourceRow, Unit
 from pipeline.data.storage import open_filesystem
 from pipeline.errors import UserError
@@ -25,29 +26,34 @@ class Reader:
     form: Form
     root: str
     columns: Columns
+    task: Task = CAPTIONS
 
     def rows(self, unit: Unit) -> Iterator[SourceRow]:
         """Give the rows of `unit` in order. What is damaged in it is a row with that reason."""
         filesystem, _ = open_filesystem(self.root)
-        read = tar_rows if self.form == "webdataset" else group_rows
-        return read(filesystem, self.columns, unit)
+        if self.form == "webdataset":
+            return tar_rows(filesystem, self.columns, unit)
+        second = SECOND if self.task.num_pictures > 1 else None
+        return group_rows(filesystem, self.columns, unit, self.task.texts, second)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """All that is to be read."""
+    """All that is to be read. `forms`: what tables hold, in words."""
 
     path: str
     reader: Reader
     units: tuple[Unit, ...]
     num_files: int
     num_bytes: int
+    forms: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """One sentence: which files, and which columns."""
         size = f"{self.num_bytes / 1e6:,.1f} MB"
         if self.reader.form == "table":
-            return f"{self.num_files} table(s) at {self.path}, of about {size} of images"
+            held = ", ".join(self.forms)
+            return f"{self.num_files} table(s) at {self.path}: {held}; about {size} of images"
         if self.reader.form == "webdataset":
             return f"{self.num_files} WebDataset tar(s) at {self.path} ({size})"
         columns = self.reader.columns
@@ -70,17 +76,20 @@ def open_origin(found: Found, *, image: str, caption: str, images: str, scratch:
             "leave it out"
         )
     root, columns = found.path, Columns(image=image, caption=caption)
+    task, forms = CAPTIONS, ()
     if found.form == "parquet":
         columns, units = parquet_units(found, image, caption)
     elif found.form == "webdataset":
         units = tar_units(found)
     else:
-        units = list_tables(found, columns, images, scratch)
+        listing = list_tables(found, columns, images, scratch)
+        units, task, forms = listing.units, listing.task, listing.forms
         root, columns = scratch, LISTED
     return Origin(
         path=found.path,
-        reader=Reader(form=found.form, root=root, columns=columns),
+        reader=Reader(form=found.form, root=root, columns=columns, task=task),
         units=tuple(units),
         num_files=len(found.files),
         num_bytes=sum(unit.bytes for unit in units),
+        forms=forms,
     )

@@ -6,7 +6,7 @@ Must not know: how parts and shards are made.
 
 import hashlib
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -14,10 +14,6 @@ from typing import Any
 
 from pipeline.data.prepare.sources import Origin
 from pipeline.data.prepare.store import QUARANTINE
-
-SPREADS = (
-    "source_short_side", "short_side", "captions", "caption_characters", "caption_words",
-)  # fmt: skip
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,9 +29,8 @@ class Tally:
     has_split: bool = False
     dropped: Counter[str] = field(default_factory=Counter)
     batches: list[tuple[int, int, int]] = field(default_factory=list)  # bucket, rows, bytes
-    spreads: dict[str, Counter[int]] = field(
-        default_factory=lambda: {name: Counter() for name in SPREADS}
-    )
+    labels: Counter[str] = field(default_factory=Counter)
+    spreads: defaultdict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
 
 
 def make_stats(
@@ -49,6 +44,8 @@ def make_stats(
     content = hashlib.sha256("\n".join(fact["digest"] for fact in written).encode())
     rows_out = sum(fact["rows"] for fact in written)
     kept = sum(summary["kept_images"] for summary in summaries)
+    task = source.reader.task
+    labels = add_counts(summary.get("labels", {}) for summary in summaries)
     return {
         "content_hash": content.hexdigest(),
         "rows_in": sum(summary["rows_in"] for summary in summaries),
@@ -56,13 +53,14 @@ def make_stats(
         "dropped": dict(sorted(dropped.items())),
         "quarantine": QUARANTINE if dropped else "empty",
         "images_kept": kept,
-        "images_encoded": rows_out - kept,
+        "images_encoded": rows_out * task.num_pictures - kept,
         "further_images_left_out": sum(summary["further_images"] for summary in summaries),
         "image_bytes": sum(fact["image_bytes"] for fact in written),
         **{
-            name: _spread(add_counts(summary["spreads"][name] for summary in summaries))
-            for name in SPREADS
+            name: _spread(add_counts(summary["spreads"].get(name, {}) for summary in summaries))
+            for name in task.spreads
         },
+        **({"labels": dict(sorted(labels.items()))} if labels else {}),
         "shards": [
             {name: fact[name] for name in ("name", "rows", "image_bytes", "digest")}
             for fact in written
@@ -70,6 +68,7 @@ def make_stats(
         "source": {
             "path": source.path,
             "form": source.reader.form,
+            "task": task.name,
             "files": source.num_files,
             "bytes": source.num_bytes,
         },

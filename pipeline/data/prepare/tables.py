@@ -1,63 +1,65 @@
-"""Lists of image paths and captions, as people keep them: CSV, TSV, JSON.
+"""Lists of image paths and texts, as people keep them: CSV, TSV, JSON.
 
-Enters: the text of one file, column names. Leaves: its entries in order, or a `UserError` that says
-what is there and what to do. Must not know: where images lie, how entries are kept.
+Enters: the text of one file, column names. Leaves: its form and its entries in order, or a
+`UserError` that says what is there and what to do. Must not know: how entries are kept.
 """
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
 from pipeline.data.layout import (
     CAPTION_NAMES,
-    IMAGE_NAMES,
-    SPLIT_NAME,
     URL_NAMES,
     Columns,
     as_captions,
 )
 from pipeline.data.prepare.files import PLACE
+from pipeline.data.prepare.forms import (
+    PATH_NAMES,
+    Around,
+    Entry,
+    check_object,
+    choose_form,
+    read_each,
+    read_questions,
+)
+from pipeline.data.prepare.tasks import CAPTIONS, VQA, Task
 from pipeline.data.prepare.units import KEY_NAMES
 from pipeline.errors import UserError
 
-PATH_NAMES = (
-    *IMAGE_NAMES, "image_path", "filepath", "file_path", "file_name", "filename", "path",
-)  # fmt: skip
-ENTAILMENT = {"entailment", "neutral", "contradiction"}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """A line of a table: the path of an image as it is written there, and what belongs to it."""
+class Table:
+    """One file: its form in words, what its rows are for, and its entries."""
 
-    image: str | None
-    captions: list[str]
-    key: str | None = None
-    split: str | None = None
+    form: str
+    task: Task
+    entries: Iterator[Entry]
 
 
-def read_entries(name: str, text: io.TextIOWrapper, columns: Columns) -> Iterator[Entry]:
-    """The entries of the table `name`, whose ending tells its form."""
+def read_table(name: str, text: io.TextIOWrapper, columns: Columns, around: Around) -> Table:
+    """Read the table `name`: its ending tells how it is written, its first entry its form."""
     if name.lower().endswith((".csv", ".tsv")):
-        yield from _records(name, _csv_records(name, text), columns)
-    elif name.lower().endswith(".jsonl"):
-        yield from _records(name, _line_records(name, text), columns)
-    else:
-        content = text.read()
-        try:
-            value = json.loads(content)
-        except json.JSONDecodeError as error:
-            if error.msg != "Extra data":
-                raise UserError(f"{PLACE}: {name} is not JSON: {error}") from error
-            # One object a line, as other trainers' .json files are.
-            yield from _records(name, _line_records(name, io.StringIO(content)), columns)
-            return
-        del content
-        yield from _json_entries(name, value, columns)
+        return _from_records(name, _csv_records(name, text), columns, around)
+    if name.lower().endswith(".jsonl"):
+        return _from_records(name, _line_records(name, text), columns, around)
+    content = text.read()
+    try:
+        value = json.loads(content)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise UserError(f"{PLACE}: {name} is not JSON: {error}") from error
+        # One object a line, as other trainers' .json files are.
+        lines = _line_records(name, io.StringIO(content))
+        return _from_records(name, lines, columns, around)
+    return _from_json(name, value, columns, around)
 
 
 def _csv_records(name: str, text: io.TextIOWrapper) -> Iterator[dict[str, Any]]:
@@ -90,20 +92,29 @@ def _line_records(name: str, lines: Iterable[str]) -> Iterator[Any]:
                 raise UserError(f"{PLACE}: {name} line {number} is not JSON: {error}") from error
 
 
-def _json_entries(name: str, value: Any, columns: Columns) -> Iterator[Entry]:
-    if isinstance(value, dict) and isinstance(value.get("images"), list):
-        if isinstance(value.get("annotations"), list):
-            yield from _coco_entries(value)
-            return
-        yield from _karpathy_entries(value)
-    elif isinstance(value, list):
-        yield from _records(name, value, columns)
-    else:
-        found = sorted(value)[:8] if isinstance(value, dict) else type(value).__name__
+def _from_json(name: str, value: Any, columns: Columns, around: Around) -> Table:
+    if isinstance(value, list):
+        return _from_records(name, iter(value), columns, around)
+    found = value if isinstance(value, dict) else {}
+    lists = {key for key, items in found.items() if isinstance(items, list)}
+    if {"images", "annotations"} <= lists:
+        return Table(form="COCO captions", task=CAPTIONS, entries=_coco_entries(found))
+    if "images" in lists:
+        return Table(form="Karpathy splits", task=CAPTIONS, entries=_karpathy_entries(found))
+    if "questions" in lists and around.answers is not None:
+        entries = read_questions(name, found, around)
+        return Table(form="VQA v2's questions and annotations", task=VQA, entries=entries)
+    if lists & {"questions", "annotations"}:
         raise UserError(
-            f"{PLACE}: {name} holds {found}; known are a list of objects with image and caption, "
-            "COCO captions (images, annotations) and Karpathy splits (images with sentences)"
+            f"{PLACE}: {name} is one half of VQA's questions and annotations; give both files and "
+            "no other table: the folder of ..._questions.json and ..._annotations.json, or a "
+            "pattern such as 'FOLDER/*train2014*.json'"
         )
+    raise UserError(
+        f"{PLACE}: {name} holds {sorted(found)[:8] if found else type(value).__name__}; known are "
+        "a list of objects with image and caption, COCO captions (images, annotations), Karpathy "
+        "splits (images with sentences) and VQA's questions with their annotations beside them"
+    )
 
 
 def _coco_entries(value: dict[str, Any]) -> Iterator[Entry]:
@@ -132,55 +143,43 @@ def _karpathy_entries(value: dict[str, Any]) -> Iterator[Entry]:
         )
 
 
-def _records(name: str, records: Iterable[Any], columns: Columns) -> Iterator[Entry]:
-    """Objects with a path and captions; the first tells which keys hold them."""
-    chosen: tuple[str, str, str | None] | None = None
-    for number, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise UserError(
-                f"{PLACE}: entry {number} of {name} is {str(record)[:60]}; every entry must be an "
-                "object with an image and a caption"
-            )
-        if chosen is None:
-            chosen = _record_columns(name, record, columns)
-        image, caption, key = chosen
-        path, split = record.get(image), record.get(SPLIT_NAME)
-        if isinstance(path, str) and path.startswith(("http://", "https://")):
-            _refuse_links(name, image)
-        identity = record.get(key) if key else None
-        yield Entry(
-            image=path if isinstance(path, str) and path else None,
-            captions=as_captions(record.get(caption)),
-            key=None if identity in (None, "") else str(identity),
-            split=split if isinstance(split, str) and split else None,
-        )
+def _from_records(name: str, records: Iterator[Any], columns: Columns, around: Around) -> Table:
+    """Objects; the first tells their form, and which keys hold path and captions of pairs."""
+    first = next(records, None)
+    if first is None:
+        return Table(form="no entries", task=CAPTIONS, entries=iter(()))
+    record = check_object(name, 0, first)
+    # Who names the caption wants pairs, whatever else is there.
+    form = choose_form(name, record, around) if columns.caption == "auto" else None
+    read = form.read if form else partial(_read_pair, name, *_pair_keys(name, record, columns))
+    return Table(
+        form=form.name if form else "images with captions",
+        task=form.task if form else CAPTIONS,
+        entries=read_each(name, itertools.chain([first], records), read),
+    )
 
 
-def _record_columns(
-    name: str, record: dict[str, Any], columns: Columns
-) -> tuple[str, str, str | None]:
-    _refuse_other_tasks(name, record)
+def _pair_keys(name: str, record: dict[str, Any], columns: Columns) -> tuple[str, str, str | None]:
     image = _pick(name, record, "image", columns.image, PATH_NAMES)
     caption = _pick(name, record, "caption", columns.caption, CAPTION_NAMES)
     key = next((item for item in KEY_NAMES if item in record and item != image), None)
     return image, caption, key
 
 
-def _refuse_other_tasks(name: str, record: dict[str, Any]) -> None:
-    """Entries that are no pairs: their texts do not describe their images."""
-    labels = {str(record.get("label", "")), str(record.get("gold_label", ""))}
-    task = None
-    if "question" in record:
-        task = "questions about images (VQA)"
-    elif isinstance(record.get("images"), list) or "left_url" in record:
-        task = "sentences about two images each (NLVR2)"
-    elif labels & ENTAILMENT:
-        task = "sentences that may contradict their images (visual entailment)"
-    if task is not None:
-        raise UserError(
-            f"{PLACE}: {name} holds {task}, not images with captions; pretraining needs pairs: "
-            "give a list of images and captions"
+def _read_pair(
+    name: str, image: str, caption: str, key: str | None, record: dict[str, Any]
+) -> list[Entry]:
+    path = record.get(image)
+    if isinstance(path, str) and path.startswith(("http://", "https://")):
+        _refuse_links(name, image)
+    identity = record.get(key) if key else None
+    return [
+        Entry(
+            image=path if isinstance(path, str) and path else None,
+            captions=as_captions(record.get(caption)),
+            key=None if identity in (None, "") else str(identity),
         )
+    ]
 
 
 def _pick(name: str, record: dict[str, Any], role: str, given: str, known: tuple[str, ...]) -> str:

@@ -4,7 +4,7 @@ Enters: nothing. Leaves: `Unit`, `SourceRow`, and what the readers of all forms 
 Must not know: any form.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 KEY_NAMES = ("uid", "key", "__key__", "id", "SAMPLE_ID", "img_id", "image_id", "sha256")
 
@@ -28,7 +28,10 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceRow:
-    """One row, named by `unit` and `row`. `absence`: why it has no image, where that is known."""
+    """One row, named by `unit` and `row`. `absence`: why it has no image, where that is known.
+
+    `texts` are its task's columns of one text each, None where there is nothing usable.
+    """
 
     unit: Unit
     row: int
@@ -37,6 +40,7 @@ class SourceRow:
     captions: list[str]
     split: str | None
     absence: str | None = None
+    texts: dict[str, str | None] = field(default_factory=dict)
 
 
 def damaged(unit: Unit, row: int, key: str) -> SourceRow:
