@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(runs.plan)
 app.command()(runs.train)
+app.command()(runs.finetune)
 app.command()(runs.evaluate)
 app.command()(checkpoints.checkpoints)
 app.command()(jobs.submit)

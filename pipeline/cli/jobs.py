@@ -1,7 +1,7 @@
 """`gammaray submit`, `jobs`, `status`, `logs`, `stop`: runs on a cluster, through Ray's Jobs API.
 
-A submitted job is `python -m jobs.pretrain CONFIG ...` in a copy of the current folder, on the
-cluster's head: the same as `gammaray train` there.
+A submitted job is `python -m jobs.pretrain CONFIG ...` (of a task `jobs.finetune`) in a copy of the
+current folder, on the cluster's head: the same as `gammaray train` (`finetune`) there.
 """
 
 import asyncio
@@ -76,7 +76,7 @@ def submit(
     _warn(console, client, values)
     with console.status("Sending ..."), cluster.refusals(client.get_address()):
         job = client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "jobs.pretrain", inside, *(overrides or ())]),
+            entrypoint=shlex.join(["python", "-m", _module(run), inside, *(overrides or ())]),
             submission_id=f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}",
             runtime_env={
                 "working_dir": str(folder),
@@ -98,6 +98,10 @@ def submit(
     )
     if follow:
         _follow(console, client, job, there)
+
+
+def _module(run: Config) -> str:
+    return "jobs.pretrain" if run.task is None else "jobs.finetune"
 
 
 def jobs(context: typer.Context, address: Address = None, json: JsonPath = None) -> None:

@@ -12,11 +12,19 @@ from rich.table import Table
 from pipeline.cli.arguments import ConfigPath, JsonPath, Overrides, RunPath, write_json
 from pipeline.cli.screen import Screen, plain
 from pipeline.config.load import dump, load_config, parse_config
+from pipeline.config.schema import Config, resolve_path
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.train.store import RunFolder, RunRecord
 
+TASKS = {
+    "vqa": "answers to questions",
+    "reasoning": "statements, true or false",
+    "entailment": "entailment",
+    "classification": "classification",
+    "assignment": "texts to pictures",
+}
 GOES_ON = "The same command goes on with this run."
 
 
@@ -46,11 +54,32 @@ def train(
     context: typer.Context, config: ConfigPath, overrides: Overrides = None, json: JsonPath = None
 ) -> None:
     """Train; the same command goes on with a run that was stopped."""
-    console: Console = context.obj
     run = load_config(config, overrides or ())
+    if run.task is not None:
+        raise UserError(
+            f"task: {config} is for {run.task.kind}, a fine-tuning: run gammaray finetune {config}"
+        )
+    _run(context.obj, run, json)
+
+
+def finetune(
+    context: typer.Context, config: ConfigPath, overrides: Overrides = None, json: JsonPath = None
+) -> None:
+    """Fine-tune a fusion model for a task; the same command goes on with a stopped run."""
+    run = load_config(config, overrides or ())
+    if run.task is None:
+        raise UserError(
+            f"task: {config} has none, it is a pretraining: run gammaray train {config}, or say "
+            "what to fine-tune for, e.g. task.kind=vqa"
+        )
+    _run(context.obj, run, json)
+
+
+def _run(console: Console, run: Config, json: Path | None) -> None:
     log_path = _log_path(run)
     console.print(
-        f"[bold]gammaray[/] trains '{run.name}'. What Ray and DeepSpeed print: {log_path}",
+        f"[bold]gammaray[/] {'trains' if run.task is None else 'fine-tunes'} '{run.name}'. "
+        f"What Ray and DeepSpeed print: {log_path}",
         soft_wrap=True,
     )
     from pipeline.train import driver
@@ -122,18 +151,23 @@ def _print_outcome(console: Console, outcome: Any) -> None:
 
 def headline(metrics: dict[str, float]) -> list[tuple[str, float, float]]:
     """Give (label, value, chance) rows of the measures a person looks at first."""
-    rows = []
+    rows = [
+        (label, metrics[f"{kind}/accuracy"], metrics[f"{kind}/chance"])
+        for kind, label in TASKS.items()
+        if f"{kind}/accuracy" in metrics
+    ]
     for kind, label in (("zero_shot", "zero-shot accuracy"), ("linear_probe", "linear probe")):
         for name, value in metrics.items():
             if name.startswith(f"{kind}/") and name.endswith("/accuracy"):
                 _, column, *shots = name.removesuffix("/accuracy").split("/")
                 of = ", ".join([column, *(part.replace("_", " ") for part in shots)])
                 rows.append((f"{label}, {of}", value, metrics[f"{kind}/{column}/chance"]))
-    for way, label in (("text_to_image", "text to image"), ("image_to_text", "image to text")):
-        value = metrics.get(f"retrieval/{way}_recall_at_1")
-        if value is not None:
-            chance = metrics[f"retrieval/{way}_chance_at_1"]
-            rows.append((f"{label} R@1 of {metrics['rows']:,.0f}", value, chance))
+    for kind, how in (("retrieval", ""), ("retrieval_reranked", ", re-ranked")):
+        for way, label in (("text_to_image", "text to image"), ("image_to_text", "image to text")):
+            value = metrics.get(f"{kind}/{way}_recall_at_1")
+            if value is not None:
+                chance = metrics[f"{kind}/{way}_chance_at_1"]
+                rows.append((f"{label} R@1 of {metrics['rows']:,.0f}{how}", value, chance))
     return rows
 
 
@@ -175,8 +209,9 @@ def find_run(run: str) -> "tuple[RunFolder, RunRecord]":
     """The folder and record of the run at STORAGE/NAME. Raises `UserError` where there is none."""
     from pipeline.train.store import RunFolder
 
-    storage, _, name = run.rstrip("/").rpartition("/")
-    folder = RunFolder.of(storage or ".", name)
+    # Workers run in other folders.
+    storage, _, name = resolve_path(run.rstrip("/"), Path.cwd()).rpartition("/")
+    folder = RunFolder.of(storage, name)
     record = folder.read_record()
     if record is None:
         raise UserError(f"{run}: no run there; give the folder of a run, such as runs/demo")

@@ -76,8 +76,17 @@ def _absolute(config: Config) -> Config:
     if data.tokenizer != "train" and Path(data.tokenizer).exists():
         changes["tokenizer"] = resolve_path(data.tokenizer, base)
     model = config.model
+    paths: dict[str, Any] = {"init": None if model.init is None else resolve_path(model.init, base)}
     if model.pretrained is not None and Path(model.pretrained).exists():
-        model = model.model_copy(update={"pretrained": resolve_path(model.pretrained, base)})
+        paths["pretrained"] = resolve_path(model.pretrained, base)
+    for tower, part in (("image", model.image), ("text", model.text)):
+        if part.pretrained is not None and Path(part.pretrained).exists():
+            found = resolve_path(part.pretrained, base)
+            paths[tower] = part.model_copy(update={"pretrained": found})
+    model = model.model_copy(update=paths)
+    task = config.task
+    if task is not None and task.answers is not None:
+        task = task.model_copy(update={"answers": resolve_path(task.answers, base)})
     probes = tuple(
         probe.model_copy(
             update={
@@ -93,6 +102,7 @@ def _absolute(config: Config) -> Config:
         update={
             "data": data.model_copy(update=changes),
             "model": model,
+            "task": task,
             "evaluate": config.evaluate.model_copy(update={"linear_probe": probes}),
             "cluster": config.cluster.model_copy(update={"storage": storage}),
         }

@@ -44,7 +44,7 @@ class Plan:
     `virtual_batch` is what the gamma loss targets; of a comparator, what it contrasts at once.
     `structure` names the terms beside the contrast, with weights. A term may need a view of each
     row: `second_view` of the data, or `momentum`, the row as slow towers embed it. `fusion` says
-    what a fusion model learns beside them; empty for two towers.
+    what a fusion model learns beside them, `task` what it is fine-tuned for; empty where neither.
     """
 
     workers: int
@@ -74,6 +74,7 @@ class Plan:
     momentum: bool
     structure: tuple[str, ...]
     fusion: str
+    task: str
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -87,10 +88,15 @@ class Plan:
             if self.accumulation == 1
             else f"in {self.accumulation} micro batches of {self.micro_batch}"
         )
-        contrast = (
+        contrast = self.task or (
             f"the loss targets a virtual batch of {self.virtual_batch:,}"
             if self.loss_kind == "gamma"
             else f"loss {self.loss_kind} contrasts {self.virtual_batch:,} pairs at once"
+        )
+        traffic = (
+            f"Traffic of the loss: {_bytes(self.loss_bytes_per_step)} per worker and step; an "
+            "all-gather of features with gradient would move "
+            f"{_bytes(self.all_gather_bytes_per_step)}."
         )
         return [
             f"Data: {self.train_rows:,} training rows, {self.epoch_rows:,} an epoch; "
@@ -105,9 +111,7 @@ class Plan:
             f"Memory: ZeRO stage {self.zero_stage} in {self.precision} holds about "
             f"{_bytes(self.state_bytes)} of parameters, gradients and optimiser state per worker "
             "(activations come on top).",
-            f"Traffic of the loss: {_bytes(self.loss_bytes_per_step)} per worker and step; an "
-            f"all-gather of features with gradient would move "
-            f"{_bytes(self.all_gather_bytes_per_step)}.",
+            *([] if self.task else [traffic]),
             f"Checkpoint: about {_bytes(self.checkpoint_bytes)}.",
         ]
 
@@ -187,7 +191,8 @@ def find_contradictions(config: Config) -> list[Problem]:
                 f"(train.global_batch {train.global_batch} / cluster.workers {workers})",
             )
         )
-    problems += _loss_contradictions(config, local, micro)
+    if config.task is None:
+        problems += _loss_contradictions(config, local, micro)
     problems += _model_contradictions(config)
     if config.evaluate.embedding != "shared" and not config.structure.separation.weight:
         problems.append(
@@ -197,6 +202,7 @@ def find_contradictions(config: Config) -> list[Problem]:
                 "independent features: give it a weight, or leave this at shared",
             )
         )
+    problems += _task_contradictions(config)
     if config.evaluate.zero_shot and config.data.val is None:
         problems.append(
             Problem(place="data.val", message="missing; evaluate.zero_shot needs rows to classify")
@@ -227,8 +233,20 @@ def find_contradictions(config: Config) -> list[Problem]:
 def _model_contradictions(config: Config) -> list[Problem]:
     """What the kind of model contradicts."""
     model, loss = config.model, config.loss
+    problems: list[Problem] = []
+
+    def check(is_wrong: bool, place: str, message: str) -> None:
+        if is_wrong:
+            problems.append(Problem(place=place, message=message))
+
     if model.kind == "two_tower":
-        return [
+        check(
+            config.evaluate.rerank is not None,
+            "evaluate.rerank",
+            f"is {config.evaluate.rerank}, and the model is two_tower, which has no matching head: "
+            "leave it out, or set model.kind=fusion",
+        )
+        return problems + [
             Problem(
                 place=f"model.{tower}.pretrained",
                 message="is set, and the model is two_tower: give a whole CLIP model as "
@@ -237,12 +255,12 @@ def _model_contradictions(config: Config) -> list[Problem]:
             for tower, part in (("image", model.image), ("text", model.text))
             if part.pretrained is not None
         ]
-    problems: list[Problem] = []
-
-    def check(is_wrong: bool, place: str, message: str) -> None:
-        if is_wrong:
-            problems.append(Problem(place=place, message=message))
-
+    check(
+        config.evaluate.rerank is not None and not config.evaluate.retrieval,
+        "evaluate.rerank",
+        f"is {config.evaluate.rerank}, and there is no retrieval whose best it could order: set "
+        "evaluate.retrieval=true, or leave it out",
+    )
     check(
         model.pretrained is not None,
         "model.pretrained",
@@ -275,6 +293,45 @@ def _model_contradictions(config: Config) -> list[Problem]:
         "structure.views",
         "is augmented; the views of a fusion model's terms are its momentum features: set momentum",
     )
+    return problems
+
+
+def _task_contradictions(config: Config) -> list[Problem]:
+    """What a task contradicts; without one nothing."""
+    task, evaluate = config.task, config.evaluate
+    if task is None:
+        return []
+    problems: list[Problem] = []
+    if config.model.kind != "fusion":
+        problems.append(
+            Problem(
+                place="model.kind",
+                message=f"is {config.model.kind}; task {task.kind} needs the fusion encoder: set "
+                "model.kind=fusion",
+            )
+        )
+    if config.structure.is_on:
+        problems.append(
+            Problem(
+                place="structure",
+                message=f"has terms with a weight, which are of pretraining; task {task.kind} has "
+                "its own loss: leave them out",
+            )
+        )
+    measured = {
+        "zero_shot": evaluate.zero_shot,
+        "linear_probe": evaluate.linear_probe,
+        "rerank": evaluate.rerank,
+    }
+    problems += [
+        Problem(
+            place=f"evaluate.{name}",
+            message=f"is set; a run of task {task.kind} is measured by its answers alone: leave it "
+            "out, and evaluate the pretraining run",
+        )
+        for name, value in measured.items()
+        if value
+    ]
     return problems
 
 
@@ -415,6 +472,7 @@ def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
         momentum=config.has_momentum,
         structure=_terms(config.structure),
         fusion=_fusion(config),
+        task="" if config.task is None else f"fine-tuned for {config.task.kind}",
     )
     return plan, problems
 
@@ -430,7 +488,7 @@ def _terms(structure: StructureConfig) -> tuple[str, ...]:
 
 
 def _fusion(config: Config) -> str:
-    if config.model.kind != "fusion":
+    if config.model.kind != "fusion" or config.task is not None:
         return ""
     fusion = config.fusion
     return (

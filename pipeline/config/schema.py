@@ -228,6 +228,11 @@ class ModelConfig(Section):
         description="two_tower: CLIP. fusion: ALBEF, that is a ViT, a BERT, and an encoder that "
         "fuses them.",
     )
+    init: str | None = Field(
+        default=None,
+        description="Folder or URL of a run, such as runs/demo: this one starts from its newest "
+        "checkpoint's weights and its tokenizer; a task's heads are new.",
+    )
     pretrained: str | None = Field(
         default=None,
         description="Of two_tower: folder or hub id of a CLIP model; its sizes replace those given "
@@ -453,6 +458,36 @@ class FusionConfig(Section):
     )
 
 
+class TaskConfig(Section):
+    """What a fusion model is fine-tuned for; its rows have texts and answers in place of captions.
+
+    Metrics are named by the kind. reasoning (a statement about one picture or two, true or false),
+    entailment (a hypothesis, three classes) and classification (any labels) are one way to train.
+    """
+
+    kind: Literal["vqa", "reasoning", "entailment", "classification", "assignment"] = Field(
+        description="vqa: a decoder ranks a list of answers. assignment: the step before "
+        "two-picture reasoning, from captions: is a text of the first picture, the second, none?"
+    )
+    answer_column: str = Field(
+        default="auto",
+        description="Column of answers or labels, or auto; of a list of questions a list as long.",
+    )
+    answers: str | None = Field(
+        default=None,
+        description="The closed list: a text file, an answer a line, or a JSON list; absent: what "
+        "the training rows answer.",
+    )
+    max_answers: PositiveInt = Field(
+        default=3128, description="Of vqa's training answers: the commonest that are kept."
+    )
+    decoder_layers: PositiveInt = Field(default=6, description="Of vqa's answer decoder.")
+    ranked: PositiveInt = Field(
+        default=128,
+        description="Of vqa: answers scored whole in evaluation, the likeliest by first token.",
+    )
+
+
 class OptimConfig(Section):
     """AdamW with a warm-up and a schedule counted in samples."""
 
@@ -559,6 +594,11 @@ class EvaluateConfig(Section):
     )
     batch: PositiveInt = Field(default=128, description="Rows per worker in one forward.")
     retrieval: bool = True
+    rerank: PositiveInt | None = Field(
+        default=None,
+        description="Of a fusion model: so many of a query's best by contrast are ordered anew by "
+        "the matching head, as retrieval_reranked; none: not.",
+    )
     zero_shot: tuple[ZeroShotTask, ...] = ()
     linear_probe: tuple[LinearProbeTask, ...] = Field(
         default=(), description="At the end of the run, and by `gammaray evaluate`."
@@ -650,6 +690,7 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     structure: StructureConfig = StructureConfig()
     fusion: FusionConfig = FusionConfig()
+    task: TaskConfig | None = Field(default=None, description="Absent: pretraining.")
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     train: TrainConfig
@@ -660,6 +701,8 @@ class Config(Section):
     @property
     def has_momentum(self) -> bool:
         """Whether a slow copy of the model embeds each row too."""
+        if self.task is not None:
+            return False
         return self.model.kind == "fusion" or self.structure.has_momentum
 
 

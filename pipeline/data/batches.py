@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.data.decode import GOOD, REASONS, Recipe
+from pipeline.data.decode import ANSWERS, GOOD, NO_ANSWER, REASONS, Recipe
 from pipeline.data.layout import Catalog
 from pipeline.data.order import Cursor, Order, Piece, RowGroup
 from pipeline.data.order import Source as OrderedSource
@@ -37,6 +37,10 @@ class Batch:
     the catalog (shards in path order), whatever the epoch. `used` holds the positions of each
     epoch that this batch settles: its rows, and the bad rows met on the way. `cut` counts captions
     cut to the length, `cleaned` rows whose captions were not clean.
+
+    Of a task images may be [b, 2, size, size, 3]; answers [b, ANSWERS] int32 are padded with
+    NO_ANSWER, `more_answers` those of the further texts, alike; `skipped` counts questions of no
+    use beside others of their row.
     """
 
     images: torch.Tensor
@@ -51,6 +55,9 @@ class Batch:
     more_tokens: list[NDArray[np.int32]]
     view_images: torch.Tensor | None = None
     view_tokens: torch.Tensor | None = None
+    answers: torch.Tensor | None = None
+    more_answers: list[NDArray[np.int32]] = field(default_factory=list)
+    skipped: int = 0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,6 +67,7 @@ class Tally:
     rows: int = 0
     cut: int = 0
     cleaned: int = 0
+    skipped: int = 0
     bad: Counter[str] = field(default_factory=Counter)
 
     def add(self, batch: Batch) -> None:
@@ -67,6 +75,7 @@ class Tally:
         self.rows += batch.rows
         self.cut += batch.cut
         self.cleaned += batch.cleaned
+        self.skipped += batch.skipped
         self.bad.update(row.reason for row in batch.bad)
 
 
@@ -153,11 +162,17 @@ class _Filling:
         self.keys = np.full(size, -1, dtype=np.int64)
         side, length = recipe.image_size, recipe.context_length
         pad = recipe.tokenizer.pad
-        self.images = np.empty((size, side, side, 3), dtype=np.uint8)
+        two = (recipe.pictures,) if recipe.pictures > 1 else ()
+        self.images = np.empty((size, *two, side, side, 3), dtype=np.uint8)
         self.tokens = np.full((size, length), pad, dtype=np.int32)
         self.view: tuple[NDArray[np.uint8], NDArray[np.int32]] | None = None
         if recipe.second_view:
             self.view = np.empty_like(self.images), np.full_like(self.tokens, pad)
+        self.answers: NDArray[np.int32] | None = None
+        if recipe.asked:
+            self.answers = np.full((size, ANSWERS), NO_ANSWER, dtype=np.int32)
+        self.more_answers: list[NDArray[np.int32]] = []
+        self.skipped = 0
         self.rows = 0
         self.cut = 0
         self.cleaned = 0
@@ -180,6 +195,9 @@ class _Filling:
         if self.view is not None:
             self.view[0][slot] = _rows_of(block["view_image"], start, end, chosen)
             self.view[1][slot] = block["view_tokens"][chosen]
+        if self.answers is not None:
+            self.answers[slot] = block["answers"][chosen]
+            self.skipped += int(block["skipped"][chosen].sum())
         self.keys[slot] = [
             self._first_keys[shard][group] + ordinal
             for shard, group, ordinal in zip(
@@ -207,6 +225,9 @@ class _Filling:
         if "more_tokens" in block:
             cells = (np.frombuffer(block["more_tokens"][row], np.int32) for row in chosen)
             self.more_tokens.extend(cell.reshape(-1, self._length) for cell in cells)
+        if "more_answers" in block:
+            cells = (np.frombuffer(block["more_answers"][row], np.int32) for row in chosen)
+            self.more_answers.extend(cell.reshape(-1, ANSWERS) for cell in cells)
         return end
 
     def finish(self) -> Batch:
@@ -224,6 +245,9 @@ class _Filling:
             more_tokens=self.more_tokens,
             view_images=None if self.view is None else torch.from_numpy(self.view[0]),
             view_tokens=None if self.view is None else torch.from_numpy(self.view[1]),
+            answers=None if self.answers is None else torch.from_numpy(self.answers),
+            more_answers=self.more_answers,
+            skipped=self.skipped,
         )
 
 

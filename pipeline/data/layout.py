@@ -26,6 +26,8 @@ CAPTION_NAMES = (
     "caption", "captions", "text", "txt", "TEXT", "title", "alt_text", "raw", "sentence",
     "caption_0",
 )  # fmt: skip
+QUESTION_NAMES = ("question", "questions", "statement", "hypothesis", "sentence")  # of a task
+ANSWER_NAMES = ("answers", "answer", "label", "gold_label")
 URL_NAMES = ("url", "URL", "image_url")
 SPLIT_NAME = "split"
 STATUS_NAME = "status"  # img2dataset's: why a row has no image
@@ -60,12 +62,16 @@ class Columns:
     """The resolved columns. `split` keeps rows whose column `split` holds one of the values.
 
     `status` is there when the column is: it tells failed downloads from images that were null.
+    Of a task `caption` is what is asked or said, `answer` what is true of it; a list of images then
+    is two `pictures` of one row, and not several of which one is drawn.
     """
 
     image: str
     caption: str
     split: tuple[str, ...] = ()
     status: bool = False
+    answer: str | None = None
+    pictures: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,10 +145,13 @@ class Catalog:
             whole = sum(shard.num_rows for shard in shards)
             kept = f" of {whole:,}, whose split is {' or '.join(source.columns.split)},"
         weight = "" if source.weight == 1 else f", each seen {source.weight:g} times an epoch"
+        columns = source.columns
+        answer = f", answer column '{columns.answer}'" if columns.answer else ""
         return (
             f"{self.rows_of(number):,} rows{kept} in {len(shards)} Parquet shard(s) at "
             f"{source.root} ({sum(shard.size for shard in shards) / 1e6:,.1f} MB); image column "
-            f"'{source.columns.image}', caption column '{source.columns.caption}'{weight}"
+            f"'{columns.image}', {'text' if answer else 'caption'} column "
+            f"'{columns.caption}'{answer}{weight}"
         )
 
 
@@ -172,8 +181,9 @@ def read_catalog(
     caption: str = "auto",
     labels: Sequence[str] = (),
     split: str = "auto",
+    answer: str | None = None,
 ) -> Catalog:
-    """List the Parquet shards at `path` and resolve their columns.
+    """List the Parquet shards at `path` and resolve their columns; `answer` only of a task.
 
     `place` (the config path, e.g. data.train) opens every error. `labels` are further columns that
     must be there. `split` keeps rows by a column `split`: auto (if there is one, those that fit the
@@ -183,7 +193,7 @@ def read_catalog(
     filesystem, paths = _find(path, place)
     with ThreadPoolExecutor(16) as pool:
         footers = list(pool.map(lambda item: _footer(filesystem, item, place), paths))
-        columns = resolve_columns(footers[0][1], paths[0], place, image, caption)
+        columns = resolve_columns(footers[0][1], paths[0], place, image, caption, answer)
         for (_, schema), item in zip(footers, paths, strict=True):
             _check_columns(schema, item, place, columns, labels)
         shards = [shard for shard, _ in footers]
@@ -276,7 +286,9 @@ def _check_columns(
         columns.image: lambda kind: _holds_image(kind) or _is_text(kind),
         columns.caption: _holds_caption,
     }
-    for name in (columns.image, columns.caption, *labels):
+    answers = () if columns.answer is None else (columns.answer,)
+    wanted |= dict.fromkeys(answers, _holds_answer)
+    for name in (columns.image, columns.caption, *answers, *labels):
         count = schema.names.count(name)
         if count != 1:
             raise UserError(
@@ -358,34 +370,47 @@ def _metadata(filesystem: pafs.FileSystem, path: str) -> tuple[int, pq.FileMetaD
 
 
 def resolve_columns(
-    schema: pa.Schema, path: str, place: str, image: str = "auto", caption: str = "auto"
+    schema: pa.Schema,
+    path: str,
+    place: str,
+    image: str = "auto",
+    caption: str = "auto",
+    answer: str | None = None,
 ) -> Columns:
-    """Choose the image and the caption column of `schema`; given names win over the known ones."""
+    """Choose the columns of `schema`; given names win over the known ones."""
+    if answer is None:
+        return Columns(
+            image=_resolve(schema, path, place, "image", image, IMAGE_NAMES),
+            caption=_resolve(schema, path, place, "caption", caption, CAPTION_NAMES),
+        )
+    known = (*QUESTION_NAMES, *CAPTION_NAMES)
+    chosen = _resolve(schema, path, place, "image", image, ("images", *IMAGE_NAMES))
+    kind = schema.field(chosen).type
     return Columns(
-        image=_resolve(schema, path, place, "image", image, IMAGE_NAMES),
-        caption=_resolve(schema, path, place, "caption", caption, CAPTION_NAMES),
+        image=chosen,
+        caption=_resolve(schema, path, place, "caption", caption, known),
+        answer=_resolve(schema, path, place, "answer", answer, ANSWER_NAMES),
+        pictures=2 if pa.types.is_list(kind) or pa.types.is_large_list(kind) else 1,
     )
 
 
 def _resolve(
     schema: pa.Schema, path: str, place: str, role: str, given: str, known: tuple[str, ...]
 ) -> str:
-    fits = _holds_image if role == "image" else _holds_caption
-    wanted = (
-        "binary, struct<bytes, path> or a list of them"
-        if role == "image"
-        else "string or list<string>"
-    )
+    fits, wanted = {
+        "image": (_holds_image, "binary, struct<bytes, path> or a list of them"),
+        "caption": (_holds_caption, "string or list<string>"),
+        "answer": (_holds_answer, "string, number, or a list of them"),
+    }[role]
     listing = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    setting = "task.answer_column" if role == "answer" else f"data.{role}_column"
     if given != "auto":
         if given not in schema.names:
-            raise UserError(
-                f"data.{role}_column: '{given}' is not in {path}; its columns are {listing}"
-            )
+            raise UserError(f"{setting}: '{given}' is not in {path}; its columns are {listing}")
         kind = schema.field(given).type
         if not fits(kind) and not (role == "image" and _is_text(kind)):
             raise UserError(
-                f"data.{role}_column: '{given}' in {path} is {schema.field(given).type}; "
+                f"{setting}: '{given}' in {path} is {schema.field(given).type}; "
                 f"it must be {wanted}" + (", or the path of a file" if role == "image" else "")
             )
         return given
@@ -406,7 +431,7 @@ def _resolve(
         )
     raise UserError(
         f"{place}: no {role} column in {path}; its columns are {listing}. Looked for {list(known)} "
-        f"of type {wanted}; name yours with data.{role}_column=..."
+        f"of type {wanted}; name yours with {setting}=..."
     )
 
 
@@ -426,6 +451,15 @@ def _holds_caption(kind: pa.DataType) -> bool:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         kind = kind.value_type
     return _is_text(kind)
+
+
+def _holds_answer(kind: pa.DataType) -> bool:
+    """One, or several people's; of a row with several questions a list of either."""
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    if pa.types.is_struct(kind):  # VQA's own annotations
+        return any(kind.field(i).name == "answer" for i in range(kind.num_fields))
+    return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -452,6 +486,42 @@ def read_captions(catalog: Catalog, most: int) -> list[str]:
                 del captions[enough:]
                 break
     return captions
+
+
+def count_answers(catalog: Catalog) -> Counter[str]:
+    """How often each answer is given in the column of answers, as text."""
+    counts: Counter[str] = Counter()
+    for shard in catalog.shards:
+        source = catalog.sources[shard.source]
+        assert source.columns.answer is not None, "a task's catalog has them"
+        cells = _read_column(
+            source, shard, source.columns.answer, range(len(shard.row_groups))
+        ).to_pylist()
+        for cell in cells:
+            for answers in as_answers(cell, 1):
+                counts.update(answers)
+    return counts
+
+
+def as_answers(cell: object, questions: int) -> list[list[str]]:
+    """The answers to each of a row's questions, as text: to one question, or aligned with several.
+
+    An answer is text, a number, a truth value, or a struct that holds one as `answer`.
+    """
+    items = cell if isinstance(cell, list) else [cell]
+    if questions == 1 and not any(isinstance(item, list) for item in items):
+        return [[text for item in items for text in _answer(item)]]
+    return [
+        [text for part in (item if isinstance(item, list) else [item]) for text in _answer(part)]
+        for item in items
+    ]
+
+
+def _answer(item: object) -> list[str]:
+    value = item.get("answer") if isinstance(item, dict) else item
+    if isinstance(value, bool):
+        return [str(value).lower()]
+    return [] if value is None or not str(value).strip() else [" ".join(str(value).split())]
 
 
 def read_classes(catalog: Catalog, column: str) -> list[str]:

@@ -46,10 +46,12 @@ def read_rows(
 
     Columns: `row` (its number in the row group), `image` (list of encoded images, of which one is
     to be drawn), `caption` (list, likewise), `absence` (why there is no image, where the file says
-    so), `label/NAME`. Raises RuntimeError that names file and row group when it cannot be read.
+    so), `label/NAME`; of a task `answer`, as the file has it. Raises RuntimeError that names file
+    and row group when it cannot be read.
     """
     names = [columns.image, columns.caption, *labels]
     names += [SPLIT_NAME] * bool(columns.split) + [STATUS_NAME] * columns.status
+    names += [] if columns.answer is None else [columns.answer]
 
     def read() -> pa.Table:
         with filesystem.open_input_file(path) as file:
@@ -73,6 +75,8 @@ def read_rows(
         "caption": _captions(table.column(columns.caption)),
         "absence": absence,
     }
+    if columns.answer is not None:
+        result["answer"] = table.column(columns.answer)
     for label in labels:
         result[f"label/{label}"] = table.column(label).cast(pa.string())
     return pa.table(result)

@@ -51,6 +51,10 @@ class Tokenizer:
             ids[row, : len(tokens)] = tokens
         return ids, cut
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special ones left out."""
+        return _backend(self.json).decode(list(ids), skip_special_tokens=True).strip()
+
 
 @lru_cache(maxsize=4)
 def _backend(json: str) -> tokenizers.Tokenizer:

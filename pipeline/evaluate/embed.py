@@ -5,8 +5,8 @@ steps, never in them. Must not know: how the model was trained.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,16 @@ Kind = Literal["shared", "independent", "both"]
 
 
 class Parts(NamedTuple):
-    """Unit-norm features of a batch; None for an input that was not given, or a part not made."""
+    """Unit-norm features of a batch; None for an input that was not given, or a part not made.
+
+    `image_states` [batch, patches, width], of a model that can look at images again, are no part.
+    """
 
     image: Tensor | None
     text: Tensor | None
     image_independent: Tensor | None = None
     text_independent: Tensor | None = None
+    image_states: Tensor | None = None
 
     def chosen(self, kind: Kind) -> tuple[Tensor | None, Tensor | None]:
         """Image and text embeddings: one of the parts, or both side by side; unit-norm."""
@@ -49,12 +53,26 @@ Forward = Callable[[Tensor | None, Tensor | None], Parts]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Unfused:
+    """What a matching head is shown: states of this rank's images, tokens of all captions.
+
+    `states` has [patches, width] of each image from number `first` on, on the CPU as the model gave
+    them. `blank` is an image like them. `tokens` are [M, length] int32, the same on every rank.
+    """
+
+    states: list[Tensor]
+    first: int
+    blank: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Embedded:
     """All evaluation rows: image [N, d], text [M, d] unit-norm fp32 on the CPU.
 
     Caption m belongs to image `owners[m]`. The independent parts have the same rows, where there
     are any. `labels` has N entries per column, "" for none. `bad_rows` were dropped,
-    `cut_captions` cut to the context length.
+    `cut_captions` cut to the context length. `unfused` is there if it was to be kept.
     """
 
     image: Tensor
@@ -65,6 +83,7 @@ class Embedded:
     labels: dict[str, list[str]]
     bad_rows: int
     cut_captions: int
+    unfused: Unfused | None
 
     def chosen(self, kind: Kind) -> tuple[Tensor, Tensor]:
         """Image and text embeddings of a kind."""
@@ -87,20 +106,42 @@ class Embedded:
 
 @dataclass(kw_only=True, slots=True)
 class _Found:
-    """What this rank has embedded: rows of each part, the owners of `text`, the rest as it came."""
+    """What this rank has embedded: rows of each part, the owners of `text`, the rest as it came.
+
+    All of it goes to every rank; `tokens` are kept if images' states are.
+    """
 
     parts: dict[str, list[Tensor]]
     owners: list[int]
     labels: dict[str, list[str]]
+    tokens: list[Tensor] = field(default_factory=list)
     rows: int = 0
     bad: int = 0
     cut: int = 0
 
     def add(self, parts: Parts, rows: int) -> None:
         """Keep the first rows of each part."""
-        for name, part in parts._asdict().items():
+        for name, part in parts._replace(image_states=None)._asdict().items():
             if part is not None:
                 self.parts.setdefault(name, []).append(part[:rows].float().cpu())
+
+
+@dataclass(kw_only=True, slots=True)
+class _States:
+    """States of this rank's images, one by one, and of some image, if only a blank one."""
+
+    found: list[Tensor] = field(default_factory=list)
+    blank: Tensor | None = None
+
+    def add(self, states: Tensor | None, rows: int) -> None:
+        """Keep the first rows on the CPU: of many images they are more than a device holds."""
+        if states is None:
+            raise RunStop(
+                "evaluate.rerank is set, and the model has no matching head, which only a fusion "
+                "model has: leave it out"
+            )
+        self.found.extend(states[:rows].cpu())
+        self.blank = states[0].cpu()
 
 
 @torch.no_grad()
@@ -109,13 +150,17 @@ def embed_rows(
     batches: Iterator[Batch],
     blank: tuple[Tensor, Tensor],
     device: torch.device,
+    *,
+    keeps_states: bool = False,
 ) -> Embedded:
     """Run `forward` over this rank's batches and gather all ranks' results in rank order.
 
     Ranks call `forward` equally often, with `blank` (images, tokens of a batch) where one has
-    fewer rows: under ZeRO-3 a forward is a collective.
+    fewer rows: under ZeRO-3 a forward is a collective. With `keeps_states` what a matching head
+    needs is kept: see `Unfused`.
     """
     found = _Found(parts={}, owners=[], labels={})
+    states = _States() if keeps_states else None
     more: list[tuple[int, Tensor]] = []
     while True:
         batch = next(batches, None)
@@ -123,9 +168,12 @@ def embed_rows(
             break
         inputs = blank if batch is None else (batch.images, batch.tokens)
         parts = forward(inputs[0].to(device), inputs[1].to(device))
+        if states is not None:
+            states.add(parts.image_states, 0 if batch is None else batch.rows)
         if batch is None:
             continue
         found.add(parts, batch.rows)
+        found.tokens.extend(batch.tokens[: batch.rows])
         found.owners.extend(range(found.rows, found.rows + batch.rows))
         for index, tokens in enumerate(batch.more_tokens):
             more.extend((found.rows + index, torch.from_numpy(row.copy())) for row in tokens)
@@ -137,7 +185,10 @@ def embed_rows(
     for parts, rows in _embed_more(forward, [tokens for _, tokens in more], blank[1], device):
         found.add(parts, rows)
     found.owners.extend(owner for owner, _ in more)
-    return _gather(found)
+    found.tokens.extend(tokens for _, tokens in more)
+    if states is None:
+        found.tokens = []
+    return _gather(found, states)
 
 
 def _embed_more(
@@ -154,11 +205,8 @@ def _embed_more(
             yield parts, len(chunk)
 
 
-def _gather(found: _Found) -> Embedded:
-    ranks = [found]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        ranks = [found] * dist.get_world_size()
-        dist.all_gather_object(ranks, found)
+def _gather(found: _Found, states: _States | None) -> Embedded:
+    ranks = gathered(found)
     full = [rank for rank in ranks if rank.rows]
     if not full:
         raise RunStop("data.val: no usable row; look at its images and captions")
@@ -182,7 +230,28 @@ def _gather(found: _Found) -> Embedded:
         },
         bad_rows=sum(rank.bad for rank in ranks),
         cut_captions=sum(rank.cut for rank in ranks),
+        unfused=None if states is None else _unfused(ranks, states),
     )
+
+
+def _unfused(ranks: list[_Found], states: _States) -> Unfused:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    assert states.blank is not None, "some rank has rows, so each has called forward"
+    return Unfused(
+        states=states.found,
+        first=sum(before.rows for before in ranks[:rank]),
+        blank=states.blank,
+        tokens=torch.stack([row for each in ranks for row in each.tokens]),
+    )
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's `value`, any object that can be pickled, in rank order."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

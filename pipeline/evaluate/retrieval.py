@@ -1,6 +1,7 @@
 """Image-text retrieval: recall@k both ways, with several captions per image."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +11,14 @@ from pipeline.errors import RunStop
 
 KS = (1, 5, 10)
 QUERY_BLOCK = 1024
+LAST_BITS = 1e-6  # of a cosine: what two products of the same rows may differ by
+
+
+class Ranks(NamedTuple):
+    """How many wrong answers stand before the right one, or the best of the right ones."""
+
+    text: Int[Tensor, " texts"]
+    image: Int[Tensor, " images"]
 
 
 def retrieval(
@@ -17,7 +26,25 @@ def retrieval(
     text: Float[Tensor, "texts dim"],
     owners: Int[Tensor, " texts"],
 ) -> Iterator[tuple[str, float]]:
-    """Yield recall@1, 5, 10 as shares, text to image and image to text, and chance.
+    """Yield recall@1, 5, 10 as shares, text to image and image to text, and chance."""
+    yield from recalls(rank_by_contrast(image, text, owners))
+
+
+def recalls(ranks: Ranks) -> Iterator[tuple[str, float]]:
+    """Yield recall@1, 5, 10 as shares, text to image and image to text, and chance."""
+    for k in KS:
+        yield f"text_to_image_recall_at_{k}", (ranks.text < k).float().mean().item()
+        yield f"image_to_text_recall_at_{k}", (ranks.image < k).float().mean().item()
+    yield "text_to_image_chance_at_1", 1 / len(ranks.image)
+    yield "image_to_text_chance_at_1", 1 / len(ranks.image)
+
+
+def rank_by_contrast(
+    image: Float[Tensor, "images dim"],
+    text: Float[Tensor, "texts dim"],
+    owners: Int[Tensor, " texts"],
+) -> Ranks:
+    """Rank the right answers of every text and image query by cosine.
 
     A text query is right at k when its own image is among the k best; an image query when any of
     its captions is (the Karpathy-split convention). A tie counts against the query. O(N M d).
@@ -30,22 +57,19 @@ def retrieval(
         )
     best = _best_own(image, text, owners)
     text_ranks = torch.cat(
-        [_rank_of_own(text[rows] @ image.T, owners[rows]) for rows in _blocks(len(text))]
+        [_rank_of_own(text[rows] @ image.T, owners[rows]) for rows in query_blocks(len(text))]
     )
     image_ranks = torch.cat(
         [
             _rank_of_best(image[rows] @ text.T, owners, best[rows], rows.start)
-            for rows in _blocks(len(image))
+            for rows in query_blocks(len(image))
         ]
     )
-    for k in KS:
-        yield f"text_to_image_recall_at_{k}", (text_ranks < k).float().mean().item()
-        yield f"image_to_text_recall_at_{k}", (image_ranks < k).float().mean().item()
-    yield "text_to_image_chance_at_1", 1 / len(image)
-    yield "image_to_text_chance_at_1", 1 / len(image)
+    return Ranks(text_ranks, image_ranks)
 
 
-def _blocks(count: int) -> list[slice]:
+def query_blocks(count: int) -> list[slice]:
+    """Rows of queries whose scores with everything are held at once."""
     return [slice(start, start + QUERY_BLOCK) for start in range(0, count, QUERY_BLOCK)]
 
 
@@ -66,4 +90,4 @@ def _rank_of_best(scores: Tensor, owners: Tensor, best: Tensor, first: int) -> T
     """How many captions of other images score at least as high as the best own one."""
     foreign = owners[None, :] != torch.arange(first, first + len(scores))[:, None]
     # The own score was computed in another product; allow its last bits.
-    return ((scores >= best[:, None] - 1e-6) & foreign).sum(dim=1)
+    return ((scores >= best[:, None] - LAST_BITS) & foreign).sum(dim=1)

@@ -1,7 +1,8 @@
 """All evaluations of a run in one call: metrics by name, and rows to look at."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -9,13 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config.schema import Config, EvaluateConfig, LinearProbeTask
-from pipeline.data.batches import eval_batches
-from pipeline.data.decode import Recipe, View
+from pipeline.data.batches import Batch, eval_batches
+from pipeline.data.decode import Asked, Recipe, View
 from pipeline.data.layout import Catalog
 from pipeline.data.text import Tokenizer
-from pipeline.evaluate.embed import Embedded, Forward, embed_rows
+from pipeline.evaluate.embed import Embedded, Forward, Parts, embed_rows
 from pipeline.evaluate.probe import chance, few_shot, linear_probe
-from pipeline.evaluate.retrieval import retrieval
+from pipeline.evaluate.rerank import Match, rerank
+from pipeline.evaluate.retrieval import rank_by_contrast, recalls
+from pipeline.evaluate.tasks import Example, answer_rows, measure_answers, measure_assignment
 from pipeline.evaluate.zero_shot import class_embeddings, zero_shot
 from pipeline.losses.structure import geometry, independent_geometry
 
@@ -36,7 +39,8 @@ class Suite:
     """What is evaluated, on which rows; the same on every rank.
 
     `classes` gives the class names of each zero-shot task, in the order of `config.zero_shot`,
-    `probed` the sets of the linear probes by their paths, with data.val's under its own.
+    `probed` the sets of the linear probes by their paths, with data.val's under its own; `task` is
+    the kind of a run that is measured by its answers alone.
     """
 
     config: EvaluateConfig
@@ -46,10 +50,13 @@ class Suite:
     probed: Mapping[str, Probed]
     val: str
     ingest_cpus: float
+    task: str | None = None
 
 
-def make_recipe(config: Config, tokenizer: Tokenizer, *, train: bool) -> Recipe:
-    """Give the data recipe of a config, for training or evaluation."""
+def make_recipe(
+    config: Config, tokenizer: Tokenizer, *, train: bool, asked: Asked | None = None
+) -> Recipe:
+    """Give the data recipe of a config, for training or evaluation; `asked` of its task."""
     data = config.data
     second_view = None
     if train and config.structure.has_second_view:
@@ -77,6 +84,7 @@ def make_recipe(config: Config, tokenizer: Tokenizer, *, train: bool) -> Recipe:
         clean_captions=data.clean_captions,
         synonyms=data.synonyms,
         labels=() if train else tuple(task.column for task in config.evaluate.zero_shot),
+        asked=asked,
     )
 
 
@@ -89,18 +97,34 @@ class Sample:
     labels: list[str]
 
 
+class ShownAnswer(NamedTuple):
+    """An answer to be looked at: pictures [pictures, size, size, 3], what was asked and said."""
+
+    pictures: NDArray[np.uint8]
+    text: str
+    said: str
+    answers: list[str]
+
+
+class TaskSample(NamedTuple):
+    """Some answers of a task, right ones and wrong ones."""
+
+    shown: list[ShownAnswer]
+
+
 def run_suite(
     suite: Suite,
-    forward: Forward,
+    model: Callable[..., Any],
     device: torch.device,
     world_size: int,
     rank: int,
     *,
     with_probes: bool,
-) -> tuple[dict[str, float], Sample]:
+) -> tuple[dict[str, float], Sample | TaskSample]:
     """Give every metric, the same on all ranks, by names as retrieval/...; and some of the rows.
 
-    Linear probes, which embed further sets, only if asked for.
+    `model` runs the forward of what is trained, which is a collective under ZeRO-3. Linear probes,
+    which embed further sets, only if asked for.
     """
     side, batch = suite.recipe.image_size, suite.config.batch
     blank = (
@@ -108,20 +132,32 @@ def run_suite(
         torch.full((batch, suite.recipe.context_length), suite.recipe.tokenizer.end).int(),
     )
 
-    def embed(catalog: Catalog, labels: tuple[str, ...]) -> Embedded:
-        batches = eval_batches(
+    def read(catalog: Catalog, recipe: Recipe) -> Iterator[Batch]:
+        return eval_batches(
             catalog,
-            replace(suite.recipe, labels=labels),
+            recipe,
             max_rows=suite.config.max_rows,
             world_size=world_size,
             rank=rank,
             batch_size=batch,
             ingest_cpus=suite.ingest_cpus,
         )
-        return embed_rows(forward, batches, blank, device)
 
-    rows = embed(suite.catalog, suite.recipe.labels)
-    metrics = dict(_measure(suite, forward, rows, device))
+    if suite.task is not None:
+        return _run_task(suite, model, read(suite.catalog, suite.recipe), blank, device)
+
+    def forward(images: Tensor | None, tokens: Tensor | None) -> Parts:
+        return model(images, tokens).parts
+
+    def match(states: Tensor, tokens: Tensor) -> Tensor:
+        return model(None, tokens, None, None, states).matching
+
+    def embed(catalog: Catalog, labels: tuple[str, ...], *, keeps_states: bool = False) -> Embedded:
+        batches = read(catalog, replace(suite.recipe, labels=labels))
+        return embed_rows(forward, batches, blank, device, keeps_states=keeps_states)
+
+    rows = embed(suite.catalog, suite.recipe.labels, keeps_states=suite.config.rerank is not None)
+    metrics = dict(_measure(suite, forward, match, rows, device))
     if with_probes:
         found = {path: embed(each.catalog, each.labels) for path, each in suite.probed.items()}
         metrics |= dict(_probe(suite, found))
@@ -133,6 +169,40 @@ def run_suite(
         labels=labels[:SAMPLE_ROWS],
     )
     return metrics, sample
+
+
+def _run_task(
+    suite: Suite,
+    model: Callable[..., Any],
+    batches: Iterator[Batch],
+    blank: tuple[Tensor, Tensor],
+    device: torch.device,
+) -> tuple[dict[str, float], TaskSample]:
+    """The metrics of a task, by its kind, and some answers, right and wrong."""
+    recipe = suite.recipe
+    if recipe.asked is None:
+        metrics = measure_assignment(model, batches, blank, device)
+        examples: list[Example] = []
+        names: tuple[str, ...] = ()
+    else:
+        images, tokens = blank
+        if recipe.pictures > 1:
+            images = images[:, None].repeat(1, recipe.pictures, 1, 1, 1)
+        found = answer_rows(
+            lambda *inputs: model(*inputs).logits, batches, (images, tokens), device
+        )
+        metrics = measure_answers(found, recipe.asked.answers)
+        examples, names = found.examples, recipe.asked.answers.names
+    shown = [
+        ShownAnswer(
+            pictures=example.pictures.numpy(),
+            text=recipe.tokenizer.decode(example.tokens.tolist()),
+            said=names[example.said],
+            answers=[names[number] if number >= 0 else "(unlisted)" for number in example.answers],
+        )
+        for example in examples
+    ]
+    return {f"{suite.task}/{name}": value for name, value in metrics}, TaskSample(shown)
 
 
 def _probe(suite: Suite, found: Mapping[str, Embedded]) -> Iterator[tuple[str, float]]:
@@ -155,14 +225,14 @@ def _probe(suite: Suite, found: Mapping[str, Embedded]) -> Iterator[tuple[str, f
 
 
 def _measure(
-    suite: Suite, forward: Forward, rows: Embedded, device: torch.device
+    suite: Suite, forward: Forward, match: Match, rows: Embedded, device: torch.device
 ) -> Iterator[tuple[str, float]]:
-    image, text = rows.image, rows.text
+    image = rows.image
     yield "rows", float(len(image))
     yield "bad_rows", float(rows.bad_rows)
     if suite.config.retrieval:
-        for name, value in retrieval(image, text, rows.owners):
-            yield f"retrieval/{name}", value
+        for name, value in _retrieval(suite.config, match, rows, device):
+            yield name, value
 
     def embed_texts(tokens: Tensor) -> Tensor:
         found = forward(None, tokens).text
@@ -182,6 +252,19 @@ def _measure(
             yield f"zero_shot/{task.column}/{name}", value
     for name, value in _geometry(rows):
         yield f"geometry/{name}", value
+
+
+def _retrieval(
+    config: EvaluateConfig, match: Match, rows: Embedded, device: torch.device
+) -> Iterator[tuple[str, float]]:
+    """Retrieval by contrast and, if asked for, with its best ordered anew."""
+    ranks = rank_by_contrast(rows.image, rows.text, rows.owners)
+    for name, value in recalls(ranks):
+        yield f"retrieval/{name}", value
+    if config.rerank is not None:
+        ranks = rerank(match, rows, ranks, k=config.rerank, batch=config.batch, device=device)
+        for name, value in recalls(ranks):
+            yield f"retrieval_reranked/{name}", value
 
 
 def _geometry(rows: Embedded) -> Iterator[tuple[str, float]]:

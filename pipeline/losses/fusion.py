@@ -111,15 +111,15 @@ def _softening(
 
 
 def matching_loss(
-    logits: Float[Tensor, "pairs 2"], labels: Int[Tensor, " pairs"]
+    logits: Float[Tensor, "pairs classes"], labels: Int[Tensor, " pairs"]
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """Cross-entropy of telling pairs (label 1) from hard negatives (0), and the accuracy.
 
-    Labels below 0 are left out.
+    Of any other classes too. Labels below 0 are left out; zero when all are.
     """
-    counts = labels >= 0
-    right = (logits.argmax(1) == labels)[counts].float().mean()
-    loss = F.cross_entropy(logits.float(), labels, ignore_index=-100)
+    count = (labels >= 0).sum().clamp(min=1)
+    right = (logits.argmax(1) == labels).sum() / count
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum") / count
     return loss, {"matching_accuracy": right.detach()}
 
 

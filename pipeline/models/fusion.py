@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
@@ -23,20 +24,23 @@ from pipeline.errors import UserError
 from pipeline.models.towers import Embeddings, Pixels, clamped_scale, project
 
 NO_LABEL = -100  # torch's cross-entropy leaves such rows out
-INIT_STD = 0.02  # BERT's
+BERT_WIDTH, BERT_STD = 768, 0.02  # the width for which BERT and ViT draw weights with this std
 
 
 class Fused(NamedTuple):
-    """What the fusion encoder says of a batch.
+    """What the fusion encoder says of a batch, and what it may be asked of later.
 
     Of `match_logits` the first rows are the pairs, then each text with another's image, then each
     image with another's text; `match_labels` are 1, 0, or NO_LABEL where a pair has no other to be
-    confused with. Rows of `masked_logits` are the chosen places, row by row.
+    confused with. Rows of `masked_logits` are the chosen places, row by row. `image_states` are
+    those of images that were only embedded, if asked for; of texts that were given `states` there
+    are only `match_logits`.
     """
 
-    match_logits: Float[Tensor, "three_local 2"] | None
-    match_labels: Int[Tensor, " three_local"] | None
-    masked_logits: Float[Tensor, "chosen vocab"]
+    match_logits: Float[Tensor, "three_local 2"] | None = None
+    match_labels: Int[Tensor, " three_local"] | None = None
+    masked_logits: Float[Tensor, "chosen vocab"] | None = None
+    image_states: Float[Tensor, "batch patches width"] | None = None
 
 
 class Texts(NamedTuple):
@@ -85,7 +89,8 @@ class Fusion(nn.Module):
         self.text_projection = _linear(width, dim)
         self.independent_visual_projection = _linear(width, dim) if independent else None
         self.independent_text_projection = _linear(width, dim) if independent else None
-        self.match_head = _linear(width, 2)
+        self.match_head = MatchHead(width, 2)
+        _init_linear(self.match_head)
         self.masked_transform = BertPredictionHeadTransform(text.config)
         _init_linear(self.masked_transform.dense)
         self.masked_bias = nn.Parameter(torch.zeros(text.config.vocab_size))
@@ -101,11 +106,15 @@ class Fusion(nn.Module):
         tokens: Int[Tensor, "batch length"] | None,
         masked: Int[Tensor, "batch length"] | None = None,
         chosen: Bool[Tensor, "batch length"] | None = None,
+        states: Float[Tensor, "batch patches width"] | None = None,
+        *,
+        gives_states: bool = False,
     ) -> tuple[Embeddings, Fused | None]:
         """Embed images, texts or both; with `masked` texts fuse them too, and guess what is masked.
 
         `chosen` are the places to be guessed. In training texts and images are also fused with
-        others like their own, for the matching head.
+        others like their own, for the matching head. With `states` of images, one each, texts are
+        matched with them; embedding gives such states if asked for.
         """
         found_image = None if images is None else self.encode_images(images)
         plain = None if tokens is None else self.encode_texts(tokens, masked)
@@ -120,8 +129,10 @@ class Fusion(nn.Module):
             text_independent = project(self.independent_text_projection, pooled)
         scale = clamped_scale(self.logit_scale)
         found = Embeddings(image, text, scale, image_independent, text_independent)
+        if states is not None and plain is not None:
+            return found, Fused(self.match(self.fuse(plain, states)))
         if masked is None or chosen is None:
-            return found, None
+            return found, Fused(image_states=found_image) if gives_states else None
         assert found_image is not None, "masked texts are fused with images"
         assert plain is not None, "masked texts come with their plain ones"
         assert tokens is not None, "masked texts come with their plain ones"
@@ -153,7 +164,7 @@ class Fusion(nn.Module):
 
     def match(self, fused: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch 2"]:
         """Logits of no and yes: whether text and image belong together."""
-        return self.match_head(fused[:, 0]).float()
+        return self.match_head(fused[:, 0])
 
     def _fuse_all(
         self, found: Embeddings, images: Tensor, texts: Texts, tokens: Tensor, chosen: Tensor
@@ -163,7 +174,7 @@ class Fusion(nn.Module):
         everything = torch.arange(count, device=tokens.device)
         plain, masked = texts.take(everything), texts.take(everything + count)
         if not self.training:
-            return Fused(None, None, self._guess(self.fuse(masked, images), chosen))
+            return Fused(masked_logits=self._guess(self.fuse(masked, images), chosen))
         assert found.image is not None, "both are embedded"
         assert found.text is not None, "both are embedded"
         allowed = may_be_confused(tokens)
@@ -185,6 +196,14 @@ class Fusion(nn.Module):
         states = self.masked_transform(fused[chosen])
         words = self.text_model.embeddings.word_embeddings.weight
         return (states @ words.T + self.masked_bias).float()
+
+
+class MatchHead(nn.Linear):
+    """Reckons in fp32 whatever its weights are in: bf16 has so few values that pairs would tie."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits in fp32."""
+        return F.linear(input.float(), self.weight.float(), self.bias.float()).float()
 
 
 def may_be_confused(tokens: Int[Tensor, "batch length"]) -> Bool[Tensor, "batch batch"]:
@@ -241,6 +260,7 @@ def _vision(config: ModelConfig) -> ViTModel:
             num_attention_heads=image.heads,
             image_size=image.size,
             patch_size=image.patch,
+            initializer_range=initial_std(image.width),
         ),
         add_pooling_layer=False,
     )
@@ -278,6 +298,7 @@ def _text_and_fusion(config: ModelConfig, vocab_size: int, pad: int) -> tuple[Be
         "hidden_dropout_prob": config.fusion.dropout,
         "attention_probs_dropout_prob": config.fusion.dropout,
         "pad_token_id": pad,
+        "initializer_range": initial_std(text.width),
     }
     if text.pretrained is None:
         model = BertModel(
@@ -348,6 +369,11 @@ def _check_sizes(section: str, path: str, sizes: Sequence[tuple[str, int, int]])
             )
 
 
+def initial_std(width: int) -> float:
+    """Of weights that read so many features: as BERT's at its width, so of the same signal."""
+    return BERT_STD * (BERT_WIDTH / width) ** 0.5
+
+
 def _linear(width: int, dim: int) -> nn.Linear:
     layer = nn.Linear(width, dim)
     _init_linear(layer)
@@ -355,5 +381,5 @@ def _linear(width: int, dim: int) -> nn.Linear:
 
 
 def _init_linear(layer: nn.Linear) -> None:
-    nn.init.normal_(layer.weight, std=INIT_STD)
+    nn.init.normal_(layer.weight, std=initial_std(layer.in_features))
     nn.init.zeros_(layer.bias)

@@ -66,6 +66,7 @@ def save_checkpoint(
             "rows": state.tally.rows,
             "cut": state.tally.cut,
             "cleaned": state.tally.cleaned,
+            "skipped": state.tally.skipped,
             "bad": dict(state.tally.bad),
         },
     }
@@ -138,4 +139,5 @@ def _add(tally: Tally, saved: dict[str, Any]) -> None:
     tally.rows += saved["rows"]
     tally.cut += saved["cut"]
     tally.cleaned += saved["cleaned"]
+    tally.skipped += saved["skipped"]
     tally.bad.update(saved["bad"])

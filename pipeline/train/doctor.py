@@ -94,7 +94,7 @@ def _places(config: Config) -> Iterator[Finding]:
     checks = {
         "storage": lambda: _storage(config),
         "tracker": lambda: _tracker(uri),
-        "data.train": lambda: read_train(config.data).describe(),
+        "data.train": lambda: read_train(config).describe(),
         "data.val": describe_val,
     }
     for name, check in checks.items():

@@ -34,10 +34,11 @@ from pipeline.data.rows import BadRow
 from pipeline.data.storage import open_filesystem
 from pipeline.data.stream import start_ray_data_here
 from pipeline.errors import Problem, UserError, raise_problems
-from pipeline.evaluate.suite import Sample
+from pipeline.evaluate.suite import Sample, TaskSample
 from pipeline.tracking import tracker
 from pipeline.tracking.plots import (
     PANELS,
+    plot_answers,
     plot_bridge,
     plot_curves,
     plot_projection,
@@ -125,6 +126,7 @@ def train(config: Config, listen: Listener, log_path: Path) -> Outcome:
             tokenizer=prepared.tokenizer,
             catalog=prepared.catalog,
             suite=prepared.suite,
+            asked=prepared.asked,
             run=run,
             run_name=name,
             board=board,
@@ -246,8 +248,7 @@ def _tags(prepared: Prepared, folder: RunFolder) -> dict[str, str]:
     tags = {
         "gammaray.name": folder.path.rsplit("/", 1)[-1],
         "gammaray.storage": folder.url,
-        "gammaray.loss": config.loss.kind,
-        "gammaray.prior": config.loss.prior if config.loss.kind == "gamma" else "none",
+        **_kind_tags(config),
         "gammaray.zero_stage": str(config.engine.zero_stage),
         "gammaray.workers": str(prepared.plan.workers),
         "gammaray.data_digest": prepared.catalog.digest,
@@ -260,6 +261,13 @@ def _tags(prepared: Prepared, folder: RunFolder) -> dict[str, str]:
     }
     commit = _commit()
     return {**tags, "mlflow.source.git.commit": commit} if commit else tags
+
+
+def _kind_tags(config: Config) -> dict[str, str]:
+    if config.task is not None:
+        return {"gammaray.task": config.task.kind, "gammaray.init": config.model.init or "none"}
+    prior = config.loss.prior if config.loss.kind == "gamma" else "none"
+    return {"gammaray.loss": config.loss.kind, "gammaray.prior": prior}
 
 
 def _commit() -> str | None:
@@ -277,7 +285,10 @@ def _commit() -> str | None:
 
 
 def _log_artifacts(
-    run: tracker.RunRef, prepared: Prepared, bad: list[BadRow], sample: Sample | None
+    run: tracker.RunRef,
+    prepared: Prepared,
+    bad: list[BadRow],
+    sample: Sample | TaskSample | None,
 ) -> None:
     """Config, plan, versions, dropped rows and figures; made at the end, whatever the end."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -299,14 +310,16 @@ def _log_artifacts(
 
 
 def _figures(
-    run: tracker.RunRef, config: Config, sample: Sample | None, path: Path
+    run: tracker.RunRef, config: Config, sample: Sample | TaskSample | None, path: Path
 ) -> Iterator[Callable[[], object]]:
     """What draws each of the run's figures into the folder."""
     yield lambda: plot_curves(tracker.read_history(run, list(PANELS)), path / "curves.png")
     if config.structure.needs_views:
         curve = [f"train/{name}" for name in BRIDGE_CURVE]
         yield lambda: plot_bridge(tracker.read_history(run, curve), path / "bridge.png")
-    if sample is not None:
+    if isinstance(sample, TaskSample) and sample.shown:
+        yield lambda: plot_answers(sample.shown, path / "answers.png")
+    if isinstance(sample, Sample):
         rows = sample.image, sample.text, sample.labels
         yield lambda: plot_projection(*rows, path / "projection.png")
         yield lambda: plot_similarities(*rows, path / "similarities.png")
@@ -419,7 +432,7 @@ class Watch:
         self.has_left: Wish | None = None
         self.controller: Any = None
         self.metrics: dict[str, float] = {}
-        self.sample: Sample | None = None
+        self.sample: Sample | TaskSample | None = None
         self.stopped: str | None = None
         self.given_up: str | None = None
 

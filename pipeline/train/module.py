@@ -25,7 +25,8 @@ class Outputs(NamedTuple):
     """What an objective takes; absent parts are None. The first six are a contrastive loss's.
 
     `*_view` are of the same pairs' second view, `*_independent` by the second projection. The last
-    five are a fusion model's: see `Fused`; `masked_words` are what was to be guessed.
+    six are a fusion model's: see `Fused`; `masked_words` are what was to be guessed, `image_states`
+    what evaluation may keep, to match texts with later.
     """
 
     image: Float[Tensor, "local dim"] | None
@@ -45,6 +46,7 @@ class Outputs(NamedTuple):
     masked_logits: Float[Tensor, "chosen vocab"] | None = None
     masked_words: Int[Tensor, " chosen"] | None = None
     slow_masked_logits: Float[Tensor, "chosen vocab"] | None = None
+    image_states: Float[Tensor, "local patches width"] | None = None
 
     @property
     def contrast(self) -> tuple[Any, ...]:
@@ -54,7 +56,19 @@ class Outputs(NamedTuple):
     @property
     def parts(self) -> Parts:
         """What evaluation embeds with."""
-        return Parts(self.image, self.text, self.image_independent, self.text_independent)
+        return Parts(
+            self.image,
+            self.text,
+            self.image_independent,
+            self.text_independent,
+            self.image_states,
+        )
+
+    @property
+    def matching(self) -> Float[Tensor, " pairs"]:
+        """How surely each text belongs to its image: the matching head's logit of yes."""
+        assert self.match_logits is not None, "it was given states"
+        return self.match_logits[:, 1]
 
     def seen_by(self, slow: Embeddings) -> "Outputs":
         """The same, with another model's embeddings of the pairs for views."""
@@ -145,9 +159,15 @@ class FusionPretraining(nn.Module):
         tokens: Int[Tensor, "local length"] | None,
         masked: Int[Tensor, "local length"] | None = None,
         chosen: Bool[Tensor, "local length"] | None = None,
+        states: Float[Tensor, "local patches width"] | None = None,
     ) -> Outputs:
-        """Embed images, texts, or both; with `masked` texts fuse them, as `Fusion` does."""
-        found, fused = self.towers(images, tokens, masked, chosen)
+        """Embed images, texts, or both; with `masked` texts, or `states`, fuse them: see `Fusion`.
+
+        The one way in for all that evaluation asks of a model that is partitioned, too.
+        """
+        found, fused = self.towers(
+            images, tokens, masked, chosen, states, gives_states=not self.training
+        )
         outputs = Outputs(
             image=found.image,
             text=found.text,
@@ -155,9 +175,10 @@ class FusionPretraining(nn.Module):
             image_independent=found.image_independent,
             text_independent=found.text_independent,
         )
-        if fused is None or tokens is None or chosen is None:
+        if fused is None:
             return outputs
-        return outputs._replace(**fused._asdict(), masked_words=tokens[chosen])
+        words = None if tokens is None or chosen is None else tokens[chosen]
+        return outputs._replace(**fused._asdict(), masked_words=words)
 
 
 def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -178,23 +199,13 @@ def build_pretraining(config: Config, tokenizer: Tokenizer) -> Pretraining | Fus
     needs.
     """
     torch.manual_seed(config.train.seed)
-    independent = bool(config.structure.separation.weight)
     if config.model.kind == "fusion":
         if tokenizer.mask is None:
             raise UserError(
                 f"data.tokenizer: {config.data.tokenizer!r} has no mask token, which a fusion "
                 "model's masked words need; use one made for BERT, or `train`"
             )
-        return FusionPretraining(
-            build_fusion(
-                config.model,
-                vocab_size=tokenizer.vocab_size,
-                pad=tokenizer.pad,
-                mean=config.data.image_mean,
-                std=config.data.image_std,
-                independent=independent,
-            )
-        )
+        return FusionPretraining(build_fusion_model(config, tokenizer))
     towers = build_two_tower(
         config.model,
         vocab_size=tokenizer.vocab_size,
@@ -203,12 +214,24 @@ def build_pretraining(config: Config, tokenizer: Tokenizer) -> Pretraining | Fus
         pad=tokenizer.pad,
         mean=config.data.image_mean,
         std=config.data.image_std,
-        independent=independent,
+        independent=bool(config.structure.separation.weight),
     )
     return Pretraining(
         towers,
         AmortizedPrior(towers.embed_dim) if _has_prior(config.loss) else None,
         has_logit_bias=config.loss.kind in ("sigmoid_local", "sigmoid_ring"),
+    )
+
+
+def build_fusion_model(config: Config, tokenizer: Tokenizer) -> Fusion:
+    """The fusion model of a run, pretraining or not, its weights not yet those of `model.init`."""
+    return build_fusion(
+        config.model,
+        vocab_size=tokenizer.vocab_size,
+        pad=tokenizer.pad,
+        mean=config.data.image_mean,
+        std=config.data.image_std,
+        independent=bool(config.structure.separation.weight),
     )
 
 

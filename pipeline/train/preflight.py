@@ -3,7 +3,9 @@
 Enters: a `Config`. Leaves: `Prepared`, or one `UserError` that lists every problem found.
 """
 
+import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,16 +15,26 @@ import torch
 
 from pipeline.config.load import parse_config
 from pipeline.config.plan import Facts, Plan, find_contradictions, make_plan, resize
-from pipeline.config.schema import Config, DataConfig, WorkersRange
+from pipeline.config.schema import Config, WorkersRange
+from pipeline.data.answers import AnswerList
 from pipeline.data.augment import read_synonyms
 from pipeline.data.clean import clean_captions
-from pipeline.data.layout import Catalog, mix, read_captions, read_catalog, read_classes
+from pipeline.data.decode import Asked
+from pipeline.data.layout import (
+    Catalog,
+    count_answers,
+    mix,
+    read_captions,
+    read_catalog,
+    read_classes,
+)
 from pipeline.data.text import Tokenizer, load_tokenizer, train_tokenizer
 from pipeline.errors import Problem, UserError, raise_problems
 from pipeline.evaluate.suite import Probed, Suite, make_recipe
 from pipeline.tracking.tracker import check_reachable, tracking_uri
-from pipeline.train.module import build_pretraining
+from pipeline.train.start import check_start
 from pipeline.train.store import RunFolder, RunRecord
+from pipeline.train.task import build_module
 
 TOKENIZER_CAPTIONS = 100_000  # captions a tokenizer is trained on, at most
 T = TypeVar("T")
@@ -33,7 +45,8 @@ class Prepared:
     """A config with all that follows from it.
 
     `sizes`: config and plan by the number of workers; `config` and `plan` are those of the most.
-    `began` is the plan of a continued run as it began, with another number of workers.
+    `began` is the plan of a continued run as it began, with another number of workers; `asked` is
+    of a task with answers.
     """
 
     config: Config
@@ -43,6 +56,7 @@ class Prepared:
     tokenizer: Tokenizer
     catalog: Catalog
     suite: Suite | None
+    asked: Asked | None
 
 
 class _Problems:
@@ -80,18 +94,25 @@ def prepare(config: Config, record: RunRecord | None = None) -> Prepared:
     problems.attempt("cluster.storage", lambda: _check_places(config))
     problems.attempt("tracking.uri", lambda: _check_tracker(config))
     data = config.data
-    catalog = problems.attempt("data.train", lambda: read_train(data))
+    catalog = problems.attempt("data.train", lambda: read_train(config))
+    asked = None
+    if catalog is not None and has_answers(config):
+        asked = problems.attempt("task.answers", lambda: _read_asked(config, catalog))
     val = problems.attempt("data.val", lambda: read_val(config))
     classes = problems.attempt("evaluate.zero_shot", lambda: _read_classes(config, val))
     probed = problems.attempt("evaluate.linear_probe", lambda: _read_probed(config))
     if data.synonyms is not None:
         problems.attempt("data.synonyms", lambda: read_synonyms(data.synonyms))
-    if catalog is not None and tokenizer is None:
+    if config.model.init is not None and record is None:
+        tokenizer = problems.attempt("model.init", lambda: check_start(config))
+    elif catalog is not None and tokenizer is None:
         tokenizer = problems.attempt("data.tokenizer", lambda: _make_tokenizer(config, catalog))
     facts = began = None
     sizes: dict[int, tuple[Config, Plan]] = {}
-    if catalog is not None and tokenizer is not None:
-        facts = problems.attempt("model", lambda: _find_facts(config, catalog, val, tokenizer))
+    if catalog is not None and tokenizer is not None and (asked or not has_answers(config)):
+        facts = problems.attempt(
+            "model", lambda: _find_facts(config, catalog, val, tokenizer, asked)
+        )
     if facts is not None and not contradictions:
         began, more = make_plan(base, facts)
         problems.found.extend(more)
@@ -103,7 +124,7 @@ def prepare(config: Config, record: RunRecord | None = None) -> Prepared:
     assert began is not None
     suite = None
     if val is not None:
-        suite = _suite(config, tokenizer, val, classes or (), probed or {})
+        suite = _suite(config, tokenizer, val, classes or (), probed or {}, asked)
     config, plan = sizes[config.cluster.max_workers]
     return Prepared(
         config=config,
@@ -113,6 +134,7 @@ def prepare(config: Config, record: RunRecord | None = None) -> Prepared:
         tokenizer=tokenizer,
         catalog=catalog,
         suite=suite,
+        asked=asked,
     )
 
 
@@ -156,6 +178,9 @@ def prepare_evaluation(config: Config, tokenizer: Tokenizer) -> Suite:
     """
     problems = _Problems()
     problems.found.extend(_check_resources(config))
+    asked = None
+    if has_answers(config):
+        asked = problems.attempt("task.answers", lambda: _read_asked(config, read_train(config)))
     if config.data.val is None:
         problems.found.append(
             Problem(place="data.val", message="missing; give the rows to evaluate: data.val=FOLDER")
@@ -165,7 +190,7 @@ def prepare_evaluation(config: Config, tokenizer: Tokenizer) -> Suite:
     probed = problems.attempt("evaluate.linear_probe", lambda: _read_probed(config))
     raise_problems(problems.found, "This evaluation cannot start")
     assert val is not None
-    return _suite(config, tokenizer, val, classes or (), probed or {})
+    return _suite(config, tokenizer, val, classes or (), probed or {}, asked)
 
 
 def _suite(
@@ -174,11 +199,13 @@ def _suite(
     val: Catalog,
     classes: tuple[tuple[str, ...], ...],
     probed: dict[str, Probed],
+    asked: Asked | None,
 ) -> Suite:
     return Suite(
         config=config.evaluate,
+        task=None if config.task is None else config.task.kind,
         catalog=val,
-        recipe=make_recipe(config, tokenizer, train=False),
+        recipe=make_recipe(config, tokenizer, train=False, asked=asked),
         classes=classes,
         probed=probed,
         val=config.data.val or "",
@@ -230,8 +257,62 @@ def _check_tracker(config: Config) -> None:
         check_reachable(tracking_uri(uri, storage))
 
 
-def read_train(data: DataConfig) -> Catalog:
+def has_answers(config: Config) -> bool:
+    """Whether rows have answers: of every task but the one that makes its own of captions."""
+    return config.task is not None and config.task.kind != "assignment"
+
+
+def _answer_column(config: Config) -> str | None:
+    return config.task.answer_column if config.task is not None and has_answers(config) else None
+
+
+def _read_asked(config: Config, catalog: Catalog) -> Asked:
+    """The closed list of answers, and how many pictures a row has. Raises `UserError`."""
+    task = config.task
+    assert task is not None, "it is asked for of tasks only"
+    is_open = task.kind == "vqa"
+    pictures = {source.columns.pictures for source in catalog.sources}
+    if len(pictures) > 1 or (is_open and pictures != {1}):
+        raise UserError(
+            f"data.train: rows of {catalog.root} have {sorted(pictures)} pictures; all sources "
+            "must have as many, of vqa one: leave a source out, or name another image column"
+        )
+    if task.answers is not None:
+        names = _read_answer_file(task.answers)
+        counts = Counter({name: len(names) - place for place, name in enumerate(names)})
+        most = len(names)
+    else:
+        counts, most = count_answers(catalog), task.max_answers
+    answers = AnswerList.of(counts, most, is_open=is_open)
+    if len(answers.names) < 2:
+        raise UserError(
+            f"task.answers: {len(answers.names)} different answer(s) in "
+            f"{task.answers or catalog.root}; a task needs two or more: name another column with "
+            "task.answer_column=..."
+        )
+    if not is_open and task.answers is None and len(answers.names) == task.max_answers:
+        raise UserError(
+            f"task.answer_column: {catalog.root} has {len(counts):,} different labels, more than "
+            f"task.max_answers {task.max_answers}; name the column of labels, or raise it"
+        )
+    return Asked(answers=answers, pictures=pictures.pop())
+
+
+def _read_answer_file(path: str) -> list[str]:
+    if not path.endswith(".json"):
+        return _read_class_file(path, "task.answers")
+    try:
+        names = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"task.answers: cannot read {path} as JSON ({error})") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"task.answers: {path} must hold a list of texts, one for each answer")
+    return names
+
+
+def read_train(config: Config) -> Catalog:
     """All sources of training data. Raises `UserError`."""
+    data = config.data
     catalogs = [
         read_catalog(
             source.path,
@@ -239,6 +320,7 @@ def read_train(data: DataConfig) -> Catalog:
             source.image_column or data.image_column,
             source.caption_column or data.caption_column,
             split=source.split or data.train_split,
+            answer=_answer_column(config),
         )
         for source in data.train
     ]
@@ -252,7 +334,13 @@ def read_val(config: Config) -> Catalog | None:
         return None
     labels = [task.column for task in config.evaluate.zero_shot]
     return read_catalog(
-        data.val, "data.val", data.image_column, data.caption_column, labels, data.val_split
+        data.val,
+        "data.val",
+        data.image_column,
+        data.caption_column,
+        labels,
+        data.val_split,
+        _answer_column(config),
     )
 
 
@@ -324,13 +412,18 @@ def _make_tokenizer(config: Config, catalog: Catalog) -> Tokenizer:
 
 
 def _find_facts(
-    config: Config, catalog: Catalog, val: Catalog | None, tokenizer: Tokenizer
+    config: Config,
+    catalog: Catalog,
+    val: Catalog | None,
+    tokenizer: Tokenizer,
+    asked: Asked | None,
 ) -> Facts:
-    if config.model.pretrained is None:
-        with torch.device("meta"):
-            module = build_pretraining(config, tokenizer)
+    model = config.model
+    if model.pretrained or model.image.pretrained or model.text.pretrained:
+        module = build_module(config, tokenizer, asked)
     else:
-        module = build_pretraining(config, tokenizer)
+        with torch.device("meta"):
+            module = build_module(config, tokenizer, asked)
     return Facts(
         train_rows=catalog.num_rows,
         epoch_rows=catalog.rows_an_epoch,

@@ -13,6 +13,7 @@ from pipeline.engine.momentum import Momentum
 from pipeline.engine.zero import Engine
 from pipeline.train.module import TOWERS
 from pipeline.train.objective import Objective
+from pipeline.train.task import TaskObjective
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +34,7 @@ class StepResult:
 def train_step(
     engine: Engine,
     momentum: Momentum | None,
-    objective: Objective,
+    objective: Objective | TaskObjective,
     batches: Iterator[Batch],
     *,
     accumulation: int,

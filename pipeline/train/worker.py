@@ -23,7 +23,7 @@ from torch import Tensor
 from pipeline.config.plan import Plan
 from pipeline.config.schema import Config
 from pipeline.data.batches import Batch, Tally, make_order, train_batches
-from pipeline.data.decode import REASONS
+from pipeline.data.decode import REASONS, Asked
 from pipeline.data.layout import Catalog
 from pipeline.data.order import Cursor, as_intervals
 from pipeline.data.rows import BadRow
@@ -32,19 +32,20 @@ from pipeline.engine.momentum import Momentum
 from pipeline.engine.schedule import lr_factor
 from pipeline.engine.zero import UNIVERSAL, Engine, gather, load_weights
 from pipeline.errors import RunStop
-from pipeline.evaluate.embed import Parts
 from pipeline.evaluate.suite import Suite, make_recipe, run_suite
 from pipeline.tracking.meters import Meter
 from pipeline.tracking.tracker import MetricLog, RunRef
 from pipeline.train.board import Board, pass_warnings_on
 from pipeline.train.checkpoint import State, load_checkpoint, read_meta, save_checkpoint
 from pipeline.train.loop import Actions, Cadence, Left, Progress, Wish, run_loop
-from pipeline.train.module import build_pretraining
+from pipeline.train.module import FusionPretraining, Pretraining
 from pipeline.train.objective import Objective, build_momentum, build_objective
 from pipeline.train.publish import Sender, agreed, fetch_derived, forget_after, keep
 from pipeline.train.pulse import Pulse
+from pipeline.train.start import load_start, starting_run
 from pipeline.train.step import train_step
 from pipeline.train.store import RunFolder
+from pipeline.train.task import Module, TaskObjective, build_module, build_task_objective
 
 LOG = logging.getLogger(__name__)
 LAST_TRIES = 5  # to send the last checkpoint of a run
@@ -62,6 +63,7 @@ class Job:
     tokenizer: Tokenizer
     catalog: Catalog
     suite: Suite | None
+    asked: Asked | None
     run: RunRef
     run_name: str
     board: Board
@@ -108,7 +110,7 @@ def evaluate_worker(job: EvaluationJob) -> None:
     world_size, rank = context.get_world_size(), context.get_world_rank()
     device = ray.train.torch.get_device()
     _set_threads(job.config)
-    module = build_pretraining(job.config, job.tokenizer)
+    module = build_module(job.config, job.tokenizer, job.suite.recipe.asked)
     try:
         with _agreed(RunFolder.of(job.storage, job.run_name), [job.name]) as found:
             assert found is not None, "one was named"
@@ -116,14 +118,7 @@ def evaluate_worker(job: EvaluationJob) -> None:
             module.load_state_dict(load_weights(folder, read_meta(folder)["zero_stage"]))
         dtype = torch.bfloat16 if job.config.engine.precision == "bf16" else torch.float32
         module.to(device, dtype).eval()
-        metrics, _ = run_suite(
-            job.suite,
-            lambda images, tokens: module(images, tokens).parts,
-            device,
-            world_size,
-            rank,
-            with_probes=True,
-        )
+        metrics, _ = run_suite(job.suite, module, device, world_size, rank, with_probes=True)
     except RunStop as error:
         if rank == 0:
             job.board.post("stopped", message=str(error))
@@ -158,7 +153,7 @@ class _Trainer:
     """The parts of one rank and the actions the loop calls."""
 
     engine: Engine
-    objective: Objective
+    objective: Objective | TaskObjective
     momentum: Momentum | None
 
     def __init__(self, job: Job):
@@ -208,7 +203,7 @@ class _Trainer:
         self.batches = train_batches(
             self.job.catalog,
             order,
-            make_recipe(config, self.job.tokenizer, train=True),
+            make_recipe(config, self.job.tokenizer, train=True, asked=self.job.asked),
             self.state.cursor,
             world_size=self.world_size,
             rank=self.rank,
@@ -264,14 +259,16 @@ class _Trainer:
 
     def _restore(self) -> None:
         """Build engine and loss, with the state of the newest checkpoint that is whole."""
-        module = build_pretraining(self.config, self.job.tokenizer)
+        module = build_module(self.config, self.job.tokenizer, self.job.asked)
         with _agreed(self.folder, self.folder.checkpoints()) as found:
             name, folder = found or ("", None)
             is_resized = folder is not None and read_meta(folder)["world_size"] != self.world_size
             if folder is not None and is_resized and self.local_rank == 0:
                 fetch_derived(self.folder, f"{name}/{UNIVERSAL}", folder / UNIVERSAL)
             device = ray.train.torch.get_device()
-            self.momentum = build_momentum(self.config, module, device)
+            if folder is None and self.config.model.init is not None:
+                self._start(module)
+            self.momentum = self._build_momentum(module, device)
             self.engine = Engine(
                 module,
                 engine=self.config.engine,
@@ -281,14 +278,7 @@ class _Trainer:
                 device=device,
                 loads_universal=is_resized,
             )
-            self.objective = build_objective(
-                self.config,
-                self.plan,
-                self.job.tokenizer,
-                embed_dim=module.towers.embed_dim,
-                rank=self.rank,
-                world_size=self.world_size,
-            )
+            self.objective = self._build_objective(module)
             if folder is None:
                 return
             self.state = load_checkpoint(
@@ -303,6 +293,31 @@ class _Trainer:
                 forget_after(self.folder, name)
                 if (folder / UNIVERSAL).exists():
                     keep(self.folder, f"{name}/{UNIVERSAL}", folder / UNIVERSAL)
+
+    def _start(self, module: Module) -> None:
+        """Begin with the weights of another run."""
+        run = starting_run(self.config)
+        with _agreed(run, run.checkpoints()) as found:
+            if found is None:
+                raise RunStop(f"model.init: {run.url} has lost its checkpoints; put them back")
+            load_start(module, found[1])
+
+    def _build_momentum(self, module: Module, device: torch.device) -> Momentum | None:
+        if not isinstance(module, Pretraining | FusionPretraining):
+            return None
+        return build_momentum(self.config, module, device)
+
+    def _build_objective(self, module: Module) -> Objective | TaskObjective:
+        if not isinstance(module, Pretraining | FusionPretraining):
+            return build_task_objective(module)
+        return build_objective(
+            self.config,
+            self.plan,
+            self.job.tokenizer,
+            embed_dim=module.towers.embed_dim,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
 
     def _step(self, progress: Progress) -> bool:
         config, plan = self.config, self.plan
@@ -353,14 +368,15 @@ class _Trainer:
         self.window = []
         names = sorted(mine)
         tally = self.state.tally
-        counts = [tally.rows, tally.cut, tally.cleaned, *(tally.bad[reason] for reason in REASONS)]
+        counts = [tally.rows, tally.cut, tally.cleaned, tally.skipped]
+        counts += [tally.bad[reason] for reason in REASONS]
         vector = torch.tensor(
             [*(mine[name] for name in names), rates["data_wait_share"], *counts],
             dtype=torch.float64,
         )
         total = self.engine.sum(vector).tolist()
         means = dict(zip(names, (value / self.world_size for value in total), strict=False))
-        rows, cut, cleaned, *bad = total[len(names) + 1 :]
+        rows, cut, cleaned, skipped, *bad = total[len(names) + 1 :]
         if self.rank == 0:
             point = {f"train/{name}": value for name, value in means.items()}
             point |= {f"train/{name}": value for name, value in rates.items()}
@@ -376,6 +392,8 @@ class _Trainer:
             point["data/cut_caption_share"] = cut / max(rows, 1)
             if self.config.data.clean_captions:
                 point["data/cleaned_caption_share"] = cleaned / max(rows, 1)
+            if skipped:
+                point["data/skipped_questions"] = skipped
             point["data/bad_rows/all"] = sum(bad)
             # A reason that never occurs would be an empty chart.
             point |= {
@@ -405,14 +423,14 @@ class _Trainer:
         self._post("evaluating", step=progress.step)
         self.engine.train(False)
 
-        def embed(images: Tensor | None, tokens: Tensor | None) -> Parts:
+        def model(*inputs: Tensor | None) -> Any:
             self.pulse.beat(progress.step, "evaluating")
-            return self.engine(images, tokens).parts
+            return self.engine(*inputs)
 
         is_last = progress.samples + self.plan.global_batch > self.plan.samples
         metrics, sample = run_suite(
             self.job.suite,
-            embed,
+            model,
             self.engine.device,
             self.world_size,
             self.rank,

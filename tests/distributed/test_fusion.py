@@ -14,11 +14,22 @@ from pipeline.config.schema import Config
 from pipeline.data.batches import Batch
 from pipeline.engine.momentum import Momentum
 from pipeline.engine.zero import Engine
+from pipeline.evaluate.embed import Forward, embed_rows
+from pipeline.evaluate.rerank import Match, rerank
+from pipeline.evaluate.retrieval import rank_by_contrast
 from pipeline.losses.base import LossValue
 from pipeline.train.module import TOWERS
 from pipeline.train.objective import FusionObjective, Objective, build_momentum, build_objective
 from pipeline.train.step import train_step
-from tests.tiny import FUSION, tiny_batch, tiny_config, tiny_facts, tiny_module, tiny_tokenizer
+from tests.tiny import (
+    FUSION,
+    tiny_batch,
+    tiny_config,
+    tiny_facts,
+    tiny_module,
+    tiny_pairs,
+    tiny_tokenizer,
+)
 
 GLOBAL_BATCH = 8
 STAGES = (0, 1, 2, 3)
@@ -228,3 +239,89 @@ def test_what_is_masked_and_drawn_follows_from_torchs_seed() -> None:
         assert torch.equal(masked[~chosen], tokens[~chosen])
         drawn.append((masked.tolist(), chosen.tolist()))
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+SHARES = {  # of evaluation rows: for each rank the rows of its batches of four
+    "uneven": [[4, 4, 3], [2]],
+    "one without": [[4, 1], []],
+    "one without, the first": [[], [4, 4, 2]],
+}
+
+
+def _reranked(
+    forward: Forward, match: Match, shares: list[list[int]], k: int
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """Ranks of the rows of some shares, three captions an image; of texts with their owners.
+
+    Those of an image are sorted: where its captions stand among all depends on the shares.
+    """
+    batches = [
+        tiny_batch(4, rows=rows, seed=10 * (len(share) + rows) + index, captions=3)
+        for share in shares
+        for index, rows in enumerate(share)
+    ]
+    rows = embed_rows(forward, iter(batches), tiny_pairs(4), CPU, keeps_states=True)
+    before = rank_by_contrast(rows.image, rows.text, rows.owners)
+    ranks = rerank(match, rows, before, k=k, batch=4, device=CPU)
+    owned = zip(rows.owners.tolist(), ranks.text.tolist(), strict=True)
+    return sorted(owned), ranks.image.tolist()
+
+
+def _spread(module: torch.nn.Module) -> torch.nn.Module:
+    """As if trained: what the matching head says of pairs differs."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "fusion_encoder" in name or "match" in name:
+                parameter.mul_(8)
+    return module
+
+
+def _evaluated(stages: tuple[int, ...], k: int) -> list[dict[str, Any]]:
+    """Ranks at each stage; a step follows, since an evaluation is no end."""
+    found = []
+    for stage in stages:
+        config = _config(stage)
+        module = _spread(tiny_module(config))
+        momentum = build_momentum(config, module, CPU)
+        assert momentum is not None
+        engine = Engine(
+            module, engine=config.engine, optim=config.optim, micro_batch=4, accumulation=1,
+            device=CPU,
+        )  # fmt: skip
+        engine.train(False)
+        ranks = {
+            name: _reranked(
+                lambda images, tokens, engine=engine: engine(images, tokens).parts,
+                lambda states, tokens, engine=engine: (
+                    engine(None, tokens, None, None, states).matching
+                ),
+                [shares[dist.get_rank()]],
+                k,
+            )
+            for name, shares in SHARES.items()
+        }
+        engine.train(True)
+        _step(momentum, engine, _objective(config), 0)
+        found.append(ranks)
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("k", [3, 100])
+def test_reranking_on_two_ranks_is_that_of_one_process(k: int) -> None:
+    module = _spread(tiny_module(_config())).eval()
+    expected = {
+        name: _reranked(
+            lambda images, tokens: module(images, tokens).parts,
+            lambda states, tokens: module(None, tokens, None, None, states).matching,
+            shares,
+            k,
+        )
+        for name, shares in SHARES.items()
+    }
+    assert len({rank for _, rank in expected["uneven"][0]}) > 3
+    stages = (1, 3)
+    for rank in run_ranks(_evaluated, 2, stages, k):
+        for stage, found in zip(stages, rank, strict=True):
+            for name, ranks in found.items():
+                assert ranks == expected[name], f"{name} at ZeRO-{stage}"

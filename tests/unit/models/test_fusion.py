@@ -214,7 +214,11 @@ def test_pretrained_parts_are_loaded(tmp_path: Path) -> None:
         ("text", {"heads": 4}, r"model.text.heads: is 4; .*=2"),
         ("text", {"layers": 3}, r"has 4 layers; model.text.layers 3 and model.fusion.layers 2"),
         ("text", {"context_length": 21}, r"310 ids and 20 places; .*context_length is 21"),
-        ("text", {"pretrained": "/no/such/folder"}, r"model.text.pretrained: '/no/such/folder' cannot be"),
+        (
+            "text",
+            {"pretrained": "/no/such/folder"},
+            r"model.text.pretrained: '/no/such/folder' cannot be",
+        ),
     ],
 )
 def test_pretrained_parts_that_do_not_fit_are_refused(

@@ -1,0 +1,161 @@
+"""Fine-tuning a fusion model for a task: the module that an engine trains, and its loss.
+
+Enters: a config with a task, batches of texts and answers. Leaves: what `train_step` needs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.config.schema import Config
+from pipeline.data.answers import AnswerList
+from pipeline.data.batches import Batch
+from pipeline.data.decode import Asked
+from pipeline.data.text import Tokenizer
+from pipeline.errors import UserError
+from pipeline.losses.base import Gather, LossValue, State
+from pipeline.losses.fusion import matching_loss
+from pipeline.models.heads import Answerer, Assigner, Classifier, TaskOutputs
+from pipeline.train.module import (
+    FusionPretraining,
+    Pretraining,
+    build_fusion_model,
+    build_pretraining,
+)
+
+TaskModule = Classifier | Assigner | Answerer
+
+
+Module = Pretraining | FusionPretraining | TaskModule
+
+
+def build_module(config: Config, tokenizer: Tokenizer, asked: Asked | None) -> Module:
+    """Build what a run's engine trains, by its seed. Raises `UserError`, as its parts do."""
+    if config.task is None:
+        return build_pretraining(config, tokenizer)
+    return build_task(config, tokenizer, asked)
+
+
+def build_task(config: Config, tokenizer: Tokenizer, asked: Asked | None) -> TaskModule:
+    """Build the module of a run with a task, with weights drawn from `train.seed`.
+
+    `asked`: its closed list of answers; None for assignment, which makes its own. Raises
+    `UserError` when an answer is too long.
+    """
+    task = config.task
+    assert task is not None, "without a task it is pretraining"
+    torch.manual_seed(config.train.seed)
+    model = build_fusion_model(config, tokenizer)
+    if asked is None:
+        return Assigner(model)
+    if task.kind != "vqa":
+        return Classifier(model, len(asked.answers.names), asked.pictures)
+    return Answerer(
+        model,
+        torch.from_numpy(encode_answers(asked.answers, tokenizer, config)),
+        layers=task.decoder_layers,
+        pad=tokenizer.pad,
+        ranked=task.ranked,
+    )
+
+
+def encode_answers(answers: AnswerList, tokenizer: Tokenizer, config: Config) -> NDArray[np.int32]:
+    """Token ids of each answer, [answers, places], start and end included, up to the longest."""
+    length = config.model.text.context_length
+    ids, cut = tokenizer.encode(answers.names, length)
+    if cut.any():
+        raise UserError(
+            f"task.answers: '{answers.names[int(cut.argmax())]}' has more than the {length - 2} "
+            "tokens of model.text.context_length: leave it out, or allow more"
+        )
+    longest = int((ids != tokenizer.pad).any(0).sum())
+    return ids[:, :longest]
+
+
+class TaskObjective:
+    """Cross-entropy of answers: of classes, or of the words a decoder writes.
+
+    Of a question that several people answered each answer counts by its share of those listed.
+    """
+
+    def inputs(self, batch: Batch) -> list[Tensor | None]:
+        """Images and texts; for a decoder also which answers each is to give."""
+        return [batch.images, batch.tokens]
+
+    def slow_inputs(self, inputs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """There is no slow copy in fine-tuning."""
+        raise AssertionError("a task has no momentum model")
+
+    def loss(self, outputs: TaskOutputs, slow: Any, batch: Batch, samples: int) -> LossValue:
+        """Give the loss of a batch."""
+        del slow, samples
+        assert outputs.logits is not None, "a classifier gives logits"
+        if outputs.labels is not None:
+            loss, found = matching_loss(outputs.logits, outputs.labels)
+            return _value(loss, found["matching_accuracy"])
+        shares = answer_shares(batch, outputs.logits.shape[1]).to(outputs.logits.device)
+        loss = -(shares * outputs.logits.log_softmax(1)).sum(1).mean()
+        right = shares.gather(1, outputs.logits.argmax(1, keepdim=True)) > 0
+        return _value(loss, right.float().mean())
+
+    def share(self, gather: Gather) -> None:
+        """Nothing: it has no running state."""
+
+    def state_dict(self) -> State:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, states: Sequence[State], rank: int, world_size: int) -> None:
+        """Nothing."""
+
+
+class AnswerObjective(TaskObjective):
+    """For an `Answerer`: -log p of each listed answer, by its share; the mean over questions."""
+
+    def inputs(self, batch: Batch) -> list[Tensor | None]:
+        """Images, texts, and for each answer that one is to give its row and its number."""
+        rows, numbers, _ = distinct_answers(batch)
+        return [batch.images, batch.tokens, rows, numbers]
+
+    def loss(self, outputs: TaskOutputs, slow: Any, batch: Batch, samples: int) -> LossValue:
+        """Give the loss of a batch; how often it is right is not known in training."""
+        del slow, samples
+        assert outputs.answer_losses is not None, "it was given answers"
+        _, _, shares = distinct_answers(batch)
+        losses = outputs.answer_losses
+        loss = (shares.to(losses) * losses).sum() / len(batch.tokens)
+        return LossValue(loss=loss, metrics={"loss": loss.detach()})
+
+
+def _value(loss: Tensor, accuracy: Tensor) -> LossValue:
+    metrics = {"loss": loss.detach(), "task_accuracy": accuracy.detach()}
+    return LossValue(loss=loss, metrics=metrics)
+
+
+def answer_shares(batch: Batch, count: int) -> Float[Tensor, "batch answers"]:
+    """Of each row the share of each of `count` answers among those that are listed."""
+    rows, numbers, shares = distinct_answers(batch)
+    table = torch.zeros(len(batch.tokens), count)
+    table[rows, numbers] = shares
+    return table
+
+
+def distinct_answers(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, number, and share in the row's listed answers, of each row's different answers."""
+    assert batch.answers is not None, "a task's rows have answers"
+    answers = batch.answers.long()
+    listed = answers >= 0
+    rows = torch.arange(len(answers))[:, None].expand_as(answers)[listed]
+    pairs, counts = torch.stack([rows, answers[listed]]).unique(dim=1, return_counts=True)
+    totals = listed.sum(1)[pairs[0]]
+    return pairs[0], pairs[1], counts / totals
+
+
+def build_task_objective(module: nn.Module) -> TaskObjective:
+    """What a step of fine-tuning `module` minimises."""
+    return AnswerObjective() if isinstance(module, Answerer) else TaskObjective()
