@@ -108,6 +108,11 @@ class DataConfig(Section):
     crop_scale: tuple[float, float] = Field(
         default=(0.9, 1.0), description="Share of the image area kept by the random resized crop."
     )
+    squeeze: bool = Field(
+        default=False,
+        description="Pictures of any shape are squeezed into the square and seen whole, before "
+        "training crops them; else evaluation sees the centre square. ALBEF's way for tasks.",
+    )
     flip: Fraction = Field(
         default=0.0, description="Probability of a left-right flip; captions name sides."
     )

@@ -59,7 +59,7 @@ class Recipe:
 
     Only training varies rows (`view`), and makes a `second_view` of the same image and caption if
     there is one; `synonyms` is the path of the file for text augmentation. Of a task, `asked`, the
-    caption is what is asked.
+    caption is what is asked. `squeeze`: pictures are taken for squares, and seen whole.
     """
 
     tokenizer: Tokenizer
@@ -74,6 +74,7 @@ class Recipe:
     second_view: View | None = None
     synonyms: str | None = None
     asked: Asked | None = None
+    squeeze: bool = False
 
     @property
     def pictures(self) -> int:
@@ -345,9 +346,13 @@ class Decode:
         """The picture of each view."""
         recipe = self._recipe
         if not recipe.train:
-            return [image_module.decode_eval(data, recipe.background, recipe.image_size)]
+            return [
+                image_module.decode_eval(
+                    data, recipe.background, recipe.image_size, squeeze=recipe.squeeze
+                )
+            ]
         crops = [
-            image_module.RandomCrop(view.crop_scale, view.flip, rng)
+            image_module.RandomCrop(view.crop_scale, view.flip, rng, recipe.squeeze)
             for view, rng in zip(recipe.views, rngs, strict=True)
         ]
         return image_module.decode_train(data, recipe.background, recipe.image_size, crops)

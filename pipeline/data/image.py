@@ -56,12 +56,14 @@ class Crop(NamedTuple):
 class RandomCrop(NamedTuple):
     """A random resized crop (area share in `scale`, ratio 3/4 to 4/3), then a flip by chance.
 
-    The crop follows from the generator and the picture's sides alone.
+    The crop follows from the generator and the picture's sides alone. With `squeeze` it is one of
+    the picture as a square, so that (1, 1) is the whole of any picture.
     """
 
     scale: tuple[float, float]
     flip: float
     rng: np.random.Generator
+    squeeze: bool = False
 
 
 class _JpegHeader(NamedTuple):
@@ -94,7 +96,8 @@ def decode_train(
     """Each crop of one picture, [size, size, 3]; the file is decoded once. Raises as `decode`."""
 
     def choose(crop: RandomCrop, height: int, width: int) -> Crop:
-        return _on_grid(_sample_crop(height, width, crop.scale, crop.rng), size)
+        sample = _sample_squeezed if crop.squeeze else _sample_crop
+        return _on_grid(sample(height, width, crop.scale, crop.rng), size)
 
     views = _decode_crops(data, background, size, [partial(choose, crop) for crop in crops])
     return [
@@ -103,9 +106,14 @@ def decode_train(
     ]
 
 
-def decode_eval(data: bytes | None, background: tuple[int, int, int], size: int) -> Pixels:
-    """Centre square at `size`, the picture that `eval_geometry` gives; raises as `decode` does."""
-    return _decode_crops(data, background, size, [_centre_crop])[0]
+def decode_eval(
+    data: bytes | None, background: tuple[int, int, int], size: int, *, squeeze: bool = False
+) -> Pixels:
+    """Centre square at `size`, the picture that `eval_geometry` gives; raises as `decode` does.
+
+    With `squeeze` the whole picture, whatever its shape.
+    """
+    return _decode_crops(data, background, size, [_whole if squeeze else _centre_crop])[0]
 
 
 def eval_geometry(pixels: Pixels, size: int) -> Pixels:
@@ -163,6 +171,21 @@ def _sample_crop(
     crop_width = min(width, round(height * RATIO[1]))
     crop_height = min(height, round(width / RATIO[0]))
     return Crop((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
+
+
+def _sample_squeezed(
+    height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
+) -> Crop:
+    """A crop of the picture as a square of its longer side, back in its own pixels."""
+    side = max(height, width)
+    crop = _sample_crop(side, side, scale, rng)
+    top, bottom = (round(edge * height / side) for edge in (crop.top, crop.top + crop.height))
+    left, right = (round(edge * width / side) for edge in (crop.left, crop.left + crop.width))
+    return Crop(top, left, max(bottom - top, 1), max(right - left, 1))
+
+
+def _whole(height: int, width: int) -> Crop:
+    return Crop(0, 0, height, width)
 
 
 def _centre_crop(height: int, width: int) -> Crop:

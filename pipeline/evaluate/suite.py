@@ -79,6 +79,7 @@ def make_recipe(
         ),
         second_view=second_view,
         background=data.background,
+        squeeze=data.squeeze,
         seed=config.train.seed,
         train=train,
         clean_captions=data.clean_captions,

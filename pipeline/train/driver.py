@@ -170,7 +170,7 @@ def evaluate(
     chosen = checkpoint or names[-1]
     if chosen not in names:
         raise UserError(f"{folder.url}: no checkpoint {chosen!r}; it has {names}")
-    suite = prepare_evaluation(config, record.tokenizer)
+    suite = prepare_evaluation(config, record)
     listen({"kind": "phase", "text": f"Evaluating {folder.url}/{chosen}"})
     storage, run_name = folder.url.rsplit("/", 1)
     with _quiet(log_path), _ray(config, listen):
@@ -223,6 +223,7 @@ def _new_record(prepared: Prepared, folder: RunFolder, name: str) -> RunRecord:
         name=name,
         config=config.model_dump(mode="json"),
         tokenizer=prepared.tokenizer,
+        asked=prepared.asked,
         data_digest=prepared.catalog.digest,
         mlflow_uri=run.uri,
         mlflow_run_id=run.run_id,

@@ -95,8 +95,8 @@ def prepare(config: Config, record: RunRecord | None = None) -> Prepared:
     problems.attempt("tracking.uri", lambda: _check_tracker(config))
     data = config.data
     catalog = problems.attempt("data.train", lambda: read_train(config))
-    asked = None
-    if catalog is not None and has_answers(config):
+    asked = None if record is None else record.asked
+    if catalog is not None and has_answers(config) and asked is None:
         asked = problems.attempt("task.answers", lambda: _read_asked(config, catalog))
     val = problems.attempt("data.val", lambda: read_val(config))
     classes = problems.attempt("evaluate.zero_shot", lambda: _read_classes(config, val))
@@ -171,16 +171,13 @@ def _with_workers(config: Config, workers: int | WorkersRange) -> Config:
     )
 
 
-def prepare_evaluation(config: Config, tokenizer: Tokenizer) -> Suite:
-    """Check what an evaluation under `config` needs, and no more: rows, classes, resources.
+def prepare_evaluation(config: Config, record: RunRecord) -> Suite:
+    """Check what an evaluation under `config` of a run needs: rows, classes, resources; no more.
 
     Raises `UserError` with every problem found.
     """
     problems = _Problems()
     problems.found.extend(_check_resources(config))
-    asked = None
-    if has_answers(config):
-        asked = problems.attempt("task.answers", lambda: _read_asked(config, read_train(config)))
     if config.data.val is None:
         problems.found.append(
             Problem(place="data.val", message="missing; give the rows to evaluate: data.val=FOLDER")
@@ -190,7 +187,7 @@ def prepare_evaluation(config: Config, tokenizer: Tokenizer) -> Suite:
     probed = problems.attempt("evaluate.linear_probe", lambda: _read_probed(config))
     raise_problems(problems.found, "This evaluation cannot start")
     assert val is not None
-    return _suite(config, tokenizer, val, classes or (), probed or {}, asked)
+    return _suite(config, record.tokenizer, val, classes or (), probed or {}, record.asked)
 
 
 def _suite(

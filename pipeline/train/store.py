@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from pipeline.data.answers import AnswerList
+from pipeline.data.decode import Asked
 from pipeline.data.rows import BadRow
 from pipeline.data.storage import open_filesystem
 from pipeline.data.text import Tokenizer
@@ -30,7 +32,8 @@ MANIFEST = "manifest.json"
 class RunRecord:
     """What must be known to go on with a run.
 
-    `config` is the config as plain values, `attempts` how often its workers have been started.
+    `config` is the config as plain values, `attempts` how often its workers have been started,
+    `asked` of a task with answers.
     """
 
     name: str
@@ -41,6 +44,7 @@ class RunRecord:
     mlflow_run_id: str
     is_finished: bool
     attempts: int = 0
+    asked: Asked | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,13 @@ class RunFolder:
             return None
         try:
             values = json.loads(text)
-            return RunRecord(**{**values, "tokenizer": Tokenizer(**values["tokenizer"])})
+            values["tokenizer"] = Tokenizer(**values["tokenizer"])
+            if (asked := values.get("asked")) is not None:
+                answers = AnswerList(
+                    names=tuple(asked["answers"]["names"]), is_open=asked["answers"]["is_open"]
+                )
+                values["asked"] = Asked(answers=answers, pictures=asked["pictures"])
+            return RunRecord(**values)
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{self.url}/{RECORD}: not a run's record ({error}); remove the folder, or use "

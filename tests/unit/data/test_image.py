@@ -266,6 +266,29 @@ def test_tiny_and_extreme_pictures_are_taken(height: int, width: int) -> None:
         assert (crop == np.full((16, 16, 3), 60)).all()
 
 
+@pytest.mark.parametrize(("width", "height"), [(80, 20), (20, 80), (64, 64)])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_squeezed_pictures_are_seen_whole(width: int, height: int, kind: str) -> None:
+    """In evaluation, and in training without a crop; a crop then cuts both sides alike."""
+    data = _encode(_picture(width, height), kind, **({"quality": 98} if kind == "JPEG" else {}))
+    expected = np.asarray(_picture(width, height).resize((16, 16), Image.Resampling.BOX))
+    for got in (
+        decode_eval(data, WHITE, 16, squeeze=True),
+        *decode_train(
+            data, WHITE, 16, [RandomCrop((1.0, 1.0), 0.0, np.random.default_rng(0), squeeze=True)]
+        ),
+    ):
+        assert _difference(got, expected) < 4
+    shares = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        crop = image_module._sample_squeezed(height, width, (0.25, 0.25), rng)
+        assert 0 <= crop.top <= crop.top + crop.height <= height
+        assert 0 <= crop.left <= crop.left + crop.width <= width
+        shares.append(crop.height * crop.width / (height * width))
+    assert np.mean(shares) == pytest.approx(0.25, abs=0.03)
+
+
 # ---- scaled decode -------------------------------------------------------------------------------
 
 
