@@ -134,7 +134,10 @@ def find_lost_paths(values: Mapping[str, Any], sizes: Mapping[str, int]) -> list
                 "job: give an MLflow server's URI",
             )
         )
-    places = ("data.tokenizer", "data.synonyms", "model.pretrained")
+    places = (
+        "data.tokenizer", "data.synonyms", "task.answers",
+        "model.pretrained", "model.image.pretrained", "model.text.pretrained",
+    )  # fmt: skip
     files = {place: _get(values, place) for place in places}
     for index, task in enumerate(_get(values, "evaluate.zero_shot") or ()):
         files[f"evaluate.zero_shot.{index}.classes"] = task.get("classes")
@@ -176,13 +179,15 @@ def _data_paths(values: Mapping[str, Any]) -> dict[str, str]:
         "data.train" if isinstance(train, str) else f"data.train.{index}.path": source["path"]
         for index, source in enumerate(sources)
     }
-    val = _get(values, "data.val")
-    return {**paths, "data.val": val} if val else paths
+    more = {place: _get(values, place) for place in ("data.val", "model.init")}
+    return paths | {place: path for place, path in more.items() if path}
 
 
 def _get(values: Mapping[str, Any], place: str) -> Any:
-    section, key = place.split(".")
-    return (values.get(section) or {}).get(key)
+    found: Any = values
+    for key in place.split("."):
+        found = (found or {}).get(key)
+    return found
 
 
 def _is_relative(path: str) -> bool:

@@ -202,7 +202,7 @@ def find_contradictions(config: Config) -> list[Problem]:
                 "independent features: give it a weight, or leave this at shared",
             )
         )
-    problems += _task_contradictions(config)
+    problems += _task_contradictions(config, micro)
     if config.evaluate.zero_shot and config.data.val is None:
         problems.append(
             Problem(place="data.val", message="missing; evaluate.zero_shot needs rows to classify")
@@ -239,6 +239,12 @@ def _model_contradictions(config: Config) -> list[Problem]:
         if is_wrong:
             problems.append(Problem(place=place, message=message))
 
+    pretrained = model.pretrained or model.image.pretrained or model.text.pretrained
+    check(
+        bool(model.init and pretrained),
+        "model.init",
+        f"is {model.init}, and {pretrained} is to be loaded too: leave one out",
+    )
     if model.kind == "two_tower":
         check(
             config.evaluate.rerank is not None,
@@ -296,8 +302,8 @@ def _model_contradictions(config: Config) -> list[Problem]:
     return problems
 
 
-def _task_contradictions(config: Config) -> list[Problem]:
-    """What a task contradicts; without one nothing."""
+def _task_contradictions(config: Config, micro: int) -> list[Problem]:
+    """What a task contradicts, in micro batches of `micro`; without one nothing."""
     task, evaluate = config.task, config.evaluate
     if task is None:
         return []
@@ -308,6 +314,14 @@ def _task_contradictions(config: Config) -> list[Problem]:
                 place="model.kind",
                 message=f"is {config.model.kind}; task {task.kind} needs the fusion encoder: set "
                 "model.kind=fusion",
+            )
+        )
+    if task.kind == "assignment" and micro < 3:
+        problems.append(
+            Problem(
+                place="engine.micro_batch",
+                message=f"is {micro}; a text and two other pictures of its micro batch make three: "
+                "raise it, raise train.global_batch, or lower cluster.workers",
             )
         )
     if config.structure.is_on:

@@ -26,7 +26,7 @@ from pipeline.data.text import Tokenizer
 
 REASONS = (
     *get_args(image_module.Reason), *get_args(Absence), "empty_caption",
-    "empty_text", "unlisted_answer", "not_two_images",  # of a task
+    "empty_text", "unlisted_answer", "answers_not_aligned", "not_two_images",  # of a task
 )  # fmt: skip
 GOOD = -1
 ANSWERS = 10  # of one question, of as many people: what a row keeps
@@ -278,9 +278,10 @@ class Decode:
             for text in plain
         ]
         given = as_answers(answers, len(questions))
-        given += [[]] * (len(questions) - len(given))
+        if len(given) != len(questions):
+            return ["answers_not_aligned"], clean != plain, 0
         said: list[str | Text] = []
-        for text, own in zip(clean, given, strict=False):
+        for text, own in zip(clean, given, strict=True):
             numbers = recipe.asked.answers.numbers(own)[:ANSWERS]
             # Evaluation keeps what people answered beyond an open list: it counts as wrong.
             is_kept = any(number >= 0 for number in numbers) or (

@@ -504,7 +504,9 @@ def count_answers(catalog: Catalog) -> Counter[str]:
 
 
 def as_answers(cell: object, questions: int) -> list[list[str]]:
-    """The answers to each of a row's questions, as text: to one question, or aligned with several.
+    """The answers to each of a row's questions, as text: to one question, or one of a list to each.
+
+    A list of another length than the questions is given as it is.
 
     An answer is text, a number, a truth value, or a struct that holds one as `answer`.
     """

@@ -173,7 +173,8 @@ def embed_rows(
         if batch is None:
             continue
         found.add(parts, batch.rows)
-        found.tokens.extend(batch.tokens[: batch.rows])
+        # Cloned: a view would carry its whole batch to the other ranks.
+        found.tokens.extend(row.clone() for row in batch.tokens[: batch.rows])
         found.owners.extend(range(found.rows, found.rows + batch.rows))
         for index, tokens in enumerate(batch.more_tokens):
             more.extend((found.rows + index, torch.from_numpy(row.copy())) for row in tokens)

@@ -44,6 +44,7 @@ class Answered:
     rows: int
     bad_rows: int
     cut_texts: int
+    skipped: int
     examples: list[Example]
 
 
@@ -61,6 +62,7 @@ class _Found:
     rows: int = 0
     bad: int = 0
     cut: int = 0
+    skipped: int = 0
 
 
 @torch.no_grad()
@@ -101,28 +103,37 @@ def measure_assignment(
 
     Which pictures is drawn from torch's generator, seeded batch by batch.
     """
-    right = counted = 0.0
+    right = counted = bad = 0.0
     for number in itertools.count():
         batch = next(batches, None)
         if not any_rank(batch is not None, device):
             break
-        images, tokens = blank if batch is None else (batch.images, batch.tokens)
+        images, tokens = blank
+        if batch is not None and batch.rows:
+            # Rows alone: a text's other picture is to be a real one.
+            images, tokens = batch.images[: batch.rows], batch.tokens[: batch.rows]
         torch.manual_seed(number)
         outputs = model(images.to(device), tokens.to(device))
         if batch is not None:
-            labels = outputs.labels[: batch.rows]
-            said = outputs.logits[: batch.rows].argmax(1)
-            counts = labels >= 0
-            right += float((said == labels)[counts].sum())
+            bad += len(batch.bad)
+        if batch is not None and batch.rows:
+            counts = outputs.labels >= 0
+            right += float((outputs.logits.argmax(1) == outputs.labels)[counts].sum())
             counted += float(counts.sum())
-    totals = [(right, counted)]
+    totals = [(right, counted, bad)]
     if dist.is_initialized() and dist.get_world_size() > 1:
         totals = totals * dist.get_world_size()
-        dist.all_gather_object(totals, (right, counted))
-    total = max(sum(count for _, count in totals), 1.0)
-    yield "accuracy", sum(hits for hits, _ in totals) / total
+        dist.all_gather_object(totals, (right, counted, bad))
+    right, counted, bad = (sum(part) for part in zip(*totals, strict=True))
+    if not counted:
+        raise RunStop(
+            "data.val: no text could be assigned; a batch needs two different ones: look at its "
+            "rows, or raise evaluate.batch"
+        )
+    yield "accuracy", right / counted
     yield "chance", 1 / 3
-    yield "questions", total
+    yield "questions", counted
+    yield "bad_rows", bad
 
 
 def _questions(batches: Iterator[Batch], found: _Found) -> Iterator[_Question]:
@@ -132,6 +143,7 @@ def _questions(batches: Iterator[Batch], found: _Found) -> Iterator[_Question]:
         found.rows += batch.rows
         found.bad += len(batch.bad)
         found.cut += batch.cut
+        found.skipped += batch.skipped
         for row in range(batch.rows):
             yield _Question(batch.images[row], batch.tokens[row], batch.answers[row])
             more = zip(batch.more_tokens[row], batch.more_answers[row], strict=True)
@@ -161,6 +173,8 @@ def _keep_examples(examples: list[Example], chunk: Sequence[_Question], said: Te
 def _gather(found: _Found) -> Answered:
     ranks = [found]
     if dist.is_initialized() and dist.get_world_size() > 1:
+        if dist.get_rank():
+            found.examples = []  # pictures; one rank's are enough to look at
         ranks = [found] * dist.get_world_size()
         dist.all_gather_object(ranks, found)
     full = [rank for rank in ranks if rank.said]
@@ -172,6 +186,7 @@ def _gather(found: _Found) -> Answered:
         rows=sum(rank.rows for rank in ranks),
         bad_rows=sum(rank.bad for rank in ranks),
         cut_texts=sum(rank.cut for rank in ranks),
+        skipped=sum(rank.skipped for rank in ranks),
         examples=ranks[0].examples,
     )
 
@@ -206,6 +221,8 @@ def measure_answers(found: Answered, answers: AnswerList) -> Iterator[tuple[str,
     yield "questions", float(len(found.said))
     yield "rows", float(found.rows)
     yield "bad_rows", float(found.bad_rows)
+    yield "skipped_questions", float(found.skipped)
+    yield "cut_text_share", found.cut_texts / max(found.rows, 1)
     if answers.is_open:
         yield "unlisted_answer_share", float((found.answers == UNLISTED).any(1).double().mean())
     elif len(answers.names) <= MOST_LABELS:

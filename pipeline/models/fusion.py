@@ -275,6 +275,7 @@ def _vision(config: ModelConfig) -> ViTModel:
             ("layers", image.layers, found.config.num_hidden_layers),
             ("heads", image.heads, found.config.num_attention_heads),
             ("patch", image.patch, found.config.patch_size),
+            ("width (of its MLPs)", 4 * image.width, found.config.intermediate_size),
         ),
     )
     with torch.no_grad():
@@ -312,6 +313,7 @@ def _text_and_fusion(config: ModelConfig, vocab_size: int, pad: int) -> tuple[Be
         (
             ("width", text.width, whole.config.hidden_size),
             ("heads", text.heads, whole.config.num_attention_heads),
+            ("width (of its MLPs)", 4 * text.width, whole.config.intermediate_size),
         ),
     )
     theirs = whole.config
@@ -331,6 +333,8 @@ def _text_and_fusion(config: ModelConfig, vocab_size: int, pad: int) -> tuple[Be
         "vocab_size": theirs.vocab_size,
         "max_position_embeddings": theirs.max_position_embeddings,
         "type_vocab_size": theirs.type_vocab_size,
+        "hidden_act": theirs.hidden_act,
+        "layer_norm_eps": theirs.layer_norm_eps,
     }
     model = BertModel(BertConfig(**sizes, num_hidden_layers=text.layers), add_pooling_layer=False)
     model.embeddings.load_state_dict(whole.embeddings.state_dict())

@@ -139,5 +139,5 @@ def _add(tally: Tally, saved: dict[str, Any]) -> None:
     tally.rows += saved["rows"]
     tally.cut += saved["cut"]
     tally.cleaned += saved["cleaned"]
-    tally.skipped += saved["skipped"]
+    tally.skipped += saved.get("skipped", 0)  # older checkpoints have none
     tally.bad.update(saved["bad"])

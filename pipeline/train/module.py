@@ -224,7 +224,15 @@ def build_pretraining(config: Config, tokenizer: Tokenizer) -> Pretraining | Fus
 
 
 def build_fusion_model(config: Config, tokenizer: Tokenizer) -> Fusion:
-    """The fusion model of a run, pretraining or not, its weights not yet those of `model.init`."""
+    """The fusion model of a run, pretraining or not, its weights not yet those of `model.init`.
+
+    Raises `UserError`, as `build_fusion` does, and for a tokenizer without a padding of its own.
+    """
+    if tokenizer.pad in (tokenizer.start, tokenizer.end):
+        raise UserError(
+            f"data.tokenizer: {config.data.tokenizer!r} pads with its start or end token, and a "
+            "fusion model must tell padding from text: use one made for BERT, or `train`"
+        )
     return build_fusion(
         config.model,
         vocab_size=tokenizer.vocab_size,

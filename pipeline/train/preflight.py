@@ -36,6 +36,7 @@ from pipeline.train.start import check_start
 from pipeline.train.store import RunFolder, RunRecord
 from pipeline.train.task import build_module
 
+LABELS = {"entailment": 3, "reasoning": 2}  # of these tasks
 TOKENIZER_CAPTIONS = 100_000  # captions a tokenizer is trained on, at most
 T = TypeVar("T")
 
@@ -101,6 +102,8 @@ def prepare(config: Config, record: RunRecord | None = None) -> Prepared:
     val = problems.attempt("data.val", lambda: read_val(config))
     classes = problems.attempt("evaluate.zero_shot", lambda: _read_classes(config, val))
     probed = problems.attempt("evaluate.linear_probe", lambda: _read_probed(config))
+    if val is not None and asked is not None:
+        problems.attempt("data.val", lambda: _check_answers(config, val, asked))
     if data.synonyms is not None:
         problems.attempt("data.synonyms", lambda: read_synonyms(data.synonyms))
     if config.model.init is not None and record is None:
@@ -185,6 +188,9 @@ def prepare_evaluation(config: Config, record: RunRecord) -> Suite:
     val = problems.attempt("data.val", lambda: read_val(config))
     classes = problems.attempt("evaluate.zero_shot", lambda: _read_classes(config, val))
     probed = problems.attempt("evaluate.linear_probe", lambda: _read_probed(config))
+    if val is not None and record.asked is not None:
+        asked = record.asked
+        problems.attempt("data.val", lambda: _check_answers(config, val, asked))
     raise_problems(problems.found, "This evaluation cannot start")
     assert val is not None
     return _suite(config, record.tokenizer, val, classes or (), probed or {}, record.asked)
@@ -287,12 +293,40 @@ def _read_asked(config: Config, catalog: Catalog) -> Asked:
             f"{task.answers or catalog.root}; a task needs two or more: name another column with "
             "task.answer_column=..."
         )
+    wanted = LABELS.get(task.kind, len(answers.names))
+    if len(answers.names) != wanted:
+        listed = ", ".join(f"{name!r} {count:,}" for name, count in counts.most_common(8))
+        raise UserError(
+            f"task.answers: {task.kind} has {wanted} labels, and {len(answers.names)} are given "
+            f"({listed}); list those that count in a file, task.answers=FILE: rows with another "
+            "are dropped then, and counted"
+        )
     if not is_open and task.answers is None and len(answers.names) == task.max_answers:
         raise UserError(
             f"task.answer_column: {catalog.root} has {len(counts):,} different labels, more than "
             f"task.max_answers {task.max_answers}; name the column of labels, or raise it"
         )
     return Asked(answers=answers, pictures=pictures.pop())
+
+
+def _check_answers(config: Config, val: Catalog, asked: Asked) -> None:
+    """Whether evaluation's rows are of the same kind. Raises `UserError`."""
+    pictures = val.sources[0].columns.pictures
+    if pictures != asked.pictures:
+        raise UserError(
+            f"data.val: its rows have {pictures} picture(s), training's {asked.pictures}; name "
+            "another image column, or give other rows"
+        )
+    found = count_answers(val)
+    listed = {name for name in found if asked.answers.numbers([name])[0] >= 0}
+    unknown = sorted(set(found) - listed)
+    if not listed or (unknown and not asked.answers.is_open and config.task and
+                      config.task.answers is None):  # fmt: skip
+        raise UserError(
+            f"data.val: its answers {unknown[:5]} are not among {list(asked.answers.names[:8])}, "
+            "those of the training rows: name another column with task.answer_column=..., or list "
+            "those that count in a file, task.answers=FILE"
+        )
 
 
 def _read_answer_file(path: str) -> list[str]:

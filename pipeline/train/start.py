@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from pipeline.config.load import parse_config
 from pipeline.config.schema import Config
-from pipeline.data.text import Tokenizer
+from pipeline.data.text import Tokenizer, load_tokenizer
 from pipeline.engine.zero import load_weights
-from pipeline.errors import UserError
+from pipeline.errors import RunStop, UserError
 from pipeline.train.checkpoint import read_meta
 from pipeline.train.module import TOWERS
 from pipeline.train.store import RunFolder, RunRecord
@@ -23,8 +23,9 @@ from pipeline.train.store import RunFolder, RunRecord
 LOG = logging.getLogger(__name__)
 SAME = ("kind", "embed_dim", "image.patch", "image.width", "image.layers", "image.heads",
         "text.width", "text.layers", "text.heads", "fusion.layers")  # fmt: skip
-IMAGE_PLACES = "vision_model.embeddings.position_embeddings"  # a ViT's; the first is no patch's
-TEXT_PLACES = "text_model.embeddings.position_embeddings.weight"
+IMAGE_PLACES = f"{TOWERS}vision_model.embeddings.position_embeddings"  # a ViT's; the first: whole
+TEXT_PLACES = f"{TOWERS}text_model.embeddings.position_embeddings.weight"
+PARTS = (TOWERS, "second.")  # what a run starts with of another
 
 
 def starting_run(config: Config) -> RunFolder:
@@ -48,9 +49,11 @@ def check_start(config: Config) -> Tokenizer:
             "such as runs/demo"
         )
     _check_sizes(config, record)
-    if config.data.tokenizer not in ("train", record.config["data"]["tokenizer"]):
+    given = config.data.tokenizer
+    is_theirs = given in ("train", record.config["data"]["tokenizer"])
+    if not is_theirs and load_tokenizer(given) != record.tokenizer:
         raise UserError(
-            f"data.tokenizer: is {config.data.tokenizer}; the model at model.init came with "
+            f"data.tokenizer: is {given}; the model at model.init came with "
             "another and knows its ids alone: leave it out"
         )
     return record.tokenizer
@@ -84,21 +87,21 @@ def _get(values: dict[str, Any], key: str) -> Any:
 def load_start(module: nn.Module, folder: Path) -> None:
     """Give `module`, not yet partitioned, the weights of the checkpoint in `folder`.
 
-    What only the other run has, or only this one, is left; the heads of a task that follow from the
-    model begin as it is.
+    Beside the model's those of a second stack of layers, which text assignment trains. Heads are
+    new; those parts of a task that follow from the model begin as it is. Raises `RunStop` when a
+    weight has another shape.
     """
     weights = load_weights(folder, read_meta(folder)["zero_stage"])
     own = module.state_dict()
     known = {
-        name: _fitted(name.removeprefix(TOWERS), value, own[name])
+        name: _fitted(name, value, own[name])
         for name, value in weights.items()
-        if name in own
+        if name in own and name.startswith(PARTS)
     }
-    assert any(name.startswith(TOWERS) for name in known), "the model was compared in preflight"
     module.load_state_dict(known, strict=False)
     begin = getattr(module, "begin", None)
     if begin is not None and all(name.startswith(TOWERS) for name in known):
-        begin()  # of a task's own parts that run has none
+        begin()
     LOG.info("%d of %d weights are those of %s", len(known), len(own), folder)
 
 
@@ -106,9 +109,13 @@ def _fitted(name: str, value: Tensor, own: Tensor) -> Tensor:
     """The value, fitted to the places of other images or of shorter texts."""
     if value.shape == own.shape:
         return value
-    if name == TEXT_PLACES:
+    if name == TEXT_PLACES and len(value) > len(own):
         return value[: len(own)]
-    assert name == IMAGE_PLACES, f"{name} has another shape, and all sizes were compared"
+    if name != IMAGE_PLACES:
+        raise RunStop(
+            f"model.init: its {name} has shape {list(value.shape)}, this model's "
+            f"{list(own.shape)}; give model and data.tokenizer the settings of that run"
+        )
     sides = [round((places.shape[1] - 1) ** 0.5) for places in (value, own)]
     grid = value[:, 1:].reshape(1, sides[0], sides[0], -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(sides[1], sides[1]), mode="bicubic", align_corners=False)

@@ -164,6 +164,10 @@ def test_text_assignment_comes_before_two_pictures(
         ("finetune", ["model.fusion.layers=2"], "model.fusion.layers: is 2; the model at"),
         ("finetune", ["evaluate.rerank=4"], "evaluate.rerank: is set; a run of task vqa"),
         ("finetune", ["structure.in_modal=0.5"], "structure: has terms with a weight"),
+        ("finetune", ["task.kind=entailment"], "entailment has 3 labels, and"),
+        ("finetune", ["data.val={here}/other"], "data.val: its answers ['perhaps'] are not among"),
+        ("finetune", ["data.val={here}/two"], "data.val: its rows have 2 picture(s), training's 1"),
+        ("finetune", ["model.image.pretrained={here}"], "is to be loaded too: leave one out"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_fine_tuned_is_refused(
@@ -177,6 +181,10 @@ def test_what_cannot_be_fine_tuned_is_refused(
 ) -> None:
     config = _write(tmp_path, "vqa", pretrained[0])
     (tmp_path / "one.json").write_text('["yes"]')
+    text = {"question": ["what"], "answer": ["perhaps"]}
+    for name, pictures in (("other", {"image": [b"x"]}), ("two", {"images": [[b"x", b"y"]]})):
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table({**pictures, **text}), tmp_path / name / "part.parquet")
     given = [override.format(here=tmp_path) for override in overrides]
     monkeypatch.setattr(sys, "argv", ["gammaray", command, str(config), *given])
     with pytest.raises(SystemExit) as stopped:

@@ -169,7 +169,7 @@ def _albef_question(pictures: Pictures, record: dict[str, Any]) -> list[Entry]:
     return [
         Entry(
             image=_path(pictures, _first(record, PATH_NAMES)),
-            captions=_answers(_first(record, ("answer", "answers"))),
+            captions=_answers(_first(record, ("answers", "answer"))),
             texts={"question": _text(record.get("question")), "question_id": identity},
             key=identity,
         )

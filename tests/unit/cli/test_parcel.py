@@ -109,7 +109,7 @@ def test_what_is_no_variable(text: str) -> None:
 
 def test_paths_that_a_job_would_lose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    _write(tmp_path, "synonyms.txt", "tokens.json")
+    _write(tmp_path, "synonyms.txt", "tokens.json", "answers.json", "vit/config.json")
     values = {
         "data": {
             "train": [{"path": "data/a"}, {"path": "s3://bucket/b"}, {"path": "/mnt/c"}],
@@ -117,12 +117,20 @@ def test_paths_that_a_job_would_lose(tmp_path: Path, monkeypatch: pytest.MonkeyP
             "synonyms": "synonyms.txt",
             "tokenizer": "tokens.json",
         },
-        "model": {"pretrained": "openai/clip-vit-base-patch32"},
+        "model": {
+            "pretrained": "openai/clip-vit-base-patch32",
+            "init": "runs/first",
+            "image": {"pretrained": "vit"},
+            "text": {"pretrained": "bert-base-uncased"},
+        },
+        "task": {"answers": "answers.json"},
         "tracking": {"uri": "sqlite:///mlflow.db"},
     }
     problems = find_lost_paths(values, {"synonyms.txt": 5})
-    places = ["cluster.storage", "data.train.0.path", "data.val", "tracking.uri", "data.tokenizer"]
-    assert [problem.place for problem in problems] == places
+    assert [problem.place for problem in problems] == [
+        "cluster.storage", "data.train.0.path", "data.val", "model.init", "tracking.uri",
+        "data.tokenizer", "task.answers", "model.image.pretrained",
+    ]  # fmt: skip
     assert "is 'runs', relative; the job runs in a copy of this folder" in problems[0].message
     assert local_paths(values) == ["data.train.2.path /mnt/c"]
 

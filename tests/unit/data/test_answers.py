@@ -217,6 +217,17 @@ def test_several_questions_of_a_row_are_drawn_by_epoch_and_all_evaluated(tmp_pat
     assert drawn == {"is it red": [0], "how many": [1]}, "each with its own answer"
 
 
+def test_answers_that_are_not_as_many_as_the_questions_are_not_guessed(tmp_path: Path) -> None:
+    folder = _write(
+        tmp_path,
+        image=[_png(1), _png(2)],
+        questions=[["is it red", "how many"], ["what shape"]],
+        answers=[["red", "two", "red"], ["red", "two"]],
+    )
+    block = _decoded(folder, OPEN)
+    assert _reasons(block) == ["answers_not_aligned", ""], "one question may have many answers"
+
+
 def test_two_pictures_are_two_and_no_fewer(tmp_path: Path) -> None:
     images = [[_png(10), _png(200)], [_png(10)], [_png(1), _png(2), _png(3)], [_png(1), None]]
     folder = _write(tmp_path, images=images, statement=["a cat"] * 4, label=["no"] * 4)

@@ -59,7 +59,7 @@ def test_accuracy_and_recall_are_scikit_learns() -> None:
     truth, said = rng.integers(0, 3, 200), rng.integers(0, 3, 200)
     found = Answered(
         said=torch.from_numpy(said), answers=_answers(*[[int(t)] for t in truth]),
-        rows=200, bad_rows=3, cut_texts=0, examples=[],
+        rows=200, bad_rows=3, cut_texts=0, skipped=0, examples=[],
     )  # fmt: skip
     labels = AnswerList(names=("a", "b", "c"), is_open=False)
     metrics = dict(measure_answers(found, labels))
@@ -105,15 +105,20 @@ def test_nothing_usable_stops() -> None:
         answer_rows(lambda images, tokens: tokens.float(), iter([]), blank, CPU)
 
 
-def test_assignment_counts_labelled_rows_of_the_batch_alone() -> None:
-    labels = itertools.cycle([torch.tensor([0, 1, 2, -100]), torch.tensor([2, 2, 0, 0])])
+def test_assignment_counts_labelled_rows_and_shows_the_model_no_padding() -> None:
+    labels = itertools.cycle([torch.tensor([0, 1, 2, -100]), torch.tensor([2, 2, 0])])
+    shown = []
 
     def model(images: torch.Tensor, tokens: torch.Tensor) -> TaskOutputs:
-        said = torch.tensor([[9.0, 0, 0]]).repeat(4, 1)
+        shown.append(len(images))
+        said = torch.tensor([[9.0, 0, 0]]).repeat(len(images), 1)
         return TaskOutputs(said, labels=next(labels))
 
     batches = iter([tiny_batch(4, rows=4), tiny_batch(4, rows=3)])
     blank = (torch.zeros(4, 16, 16, 3, dtype=torch.uint8), torch.full((4, 8), 3).int())
     metrics = dict(measure_assignment(model, batches, blank, CPU))
+    assert shown == [4, 3]
     assert metrics["accuracy"] == pytest.approx(2 / 6)
     assert metrics["questions"] == 6
+    with pytest.raises(RunStop, match="no text could be assigned"):
+        dict(measure_assignment(model, iter([]), blank, CPU))

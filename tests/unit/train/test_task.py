@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 
 from pipeline.config.schema import Config
 from pipeline.data.answers import AnswerList
 from pipeline.data.batches import Batch
 from pipeline.data.decode import ANSWERS, NO_ANSWER, Asked
-from pipeline.errors import UserError
+from pipeline.errors import RunStop, UserError
 from pipeline.models.heads import Answerer, Assigner, Classifier, TaskOutputs
 from pipeline.train.module import build_pretraining
 from pipeline.train.start import check_start, load_start
@@ -157,6 +158,30 @@ def test_a_task_starts_from_a_pretrained_run(tmp_path: Path) -> None:
         assert torch.equal(layer[name], value), name
 
 
+def test_heads_are_new_and_a_second_stack_follows_the_model(tmp_path: Path) -> None:
+    """From a run with one picture and as many labels: nothing of its head, and no random stack."""
+    pretraining = tiny_config(model=FUSION, train={"seed": 5})
+    _run(tmp_path, pretraining)
+    one = build_module(_config(train={"seed": 6}), tiny_tokenizer(), Asked(answers=LABELS))
+    step = tmp_path / "first" / "step-00000004"
+    torch.save({"module": one.state_dict()}, step / "state" / "mp_rank_00_model_states.pt")
+    two = build_module(_config("reasoning"), tiny_tokenizer(), Asked(answers=LABELS, pictures=2))
+    head = {name: value.clone() for name, value in two.head.state_dict().items()}
+    load_start(two, step)
+    assert all(torch.equal(value, head[name]) for name, value in two.head.state_dict().items())
+    theirs = one.towers.fusion_encoder.layer.state_dict()
+    for name, value in two.second.layer.state_dict().items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_weights_of_another_shape_stop_the_run_by_name(tmp_path: Path) -> None:
+    _run(tmp_path, tiny_config(model=FUSION))
+    wide = tiny_config(model={**FUSION, "embed_dim": 8})
+    module = build_pretraining(wide, tiny_tokenizer())
+    with pytest.raises(RunStop, match=r"its towers.visual_projection.weight has shape \[16, 16\]"):
+        load_start(module, tmp_path / "first" / "step-00000004")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -182,7 +207,18 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     _run(tmp_path, tiny_config(model=FUSION))
     config = _config(
         model={**FUSION, "init": str(tmp_path / "first")},
-        data={"train": "nowhere", "tokenizer": "bert-base-uncased"},
+        data={"train": "nowhere", "tokenizer": _saved_tokenizer(tmp_path / "other")},
     )
-    with pytest.raises(UserError, match=r"data.tokenizer: is bert-base-uncased; .* leave it out"):
+    with pytest.raises(UserError, match=r"data.tokenizer: is .*other; .* leave it out"):
         check_start(config)
+
+
+def _saved_tokenizer(folder: Path) -> str:
+    from transformers import PreTrainedTokenizerFast
+
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(tiny_tokenizer().json),
+        bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|unknown|>",
+    )  # fmt: skip
+    words.save_pretrained(folder)
+    return str(folder)
