@@ -146,9 +146,14 @@ class Fusion(nn.Module):
     def encode_texts(
         self, tokens: Int[Tensor, "batch length"], more: Int[Tensor, "others length"] | None = None
     ) -> Texts:
-        """States of texts, and of `more` behind them, in one pass; the first is of the whole."""
+        """States of texts, and of `more` behind them, in one pass; the first is of the whole.
+
+        Places that are padding in all of them are left out: mostly half of the work.
+        """
         both = tokens if more is None else torch.cat([tokens, more])
         is_there = both != self._pad
+        longest = int(is_there.any(0).sum())  # padding comes last
+        both, is_there = both[:, :longest], is_there[:, :longest]
         states = self.text_model(
             input_ids=both.long(), attention_mask=is_there.long()
         ).last_hidden_state
@@ -193,7 +198,7 @@ class Fusion(nn.Module):
 
     def _guess(self, fused: Tensor, chosen: Tensor) -> Tensor:
         """Logits of all words at the chosen places; the words' own embeddings judge, as BERT's."""
-        states = self.masked_transform(fused[chosen])
+        states = self.masked_transform(fused[chosen[:, : fused.shape[1]]])
         words = self.text_model.embeddings.word_embeddings.weight
         return (states @ words.T + self.masked_bias).float()
 

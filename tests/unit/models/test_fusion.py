@@ -32,9 +32,11 @@ def _build(**model: Any) -> Fusion:
 
 
 def _pairs(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Texts of five tokens and three of padding."""
+    """Texts of five tokens and three of padding; of several the last one has seven."""
     images, tokens = tiny_pairs(count)
     tokens[:, 4], tokens[:, 5:] = 3, PAD
+    if count > 1:
+        tokens[-1] = torch.tensor([1, 20, 21, 22, 23, 24, 3, PAD])
     return images, tokens
 
 
@@ -66,7 +68,7 @@ def test_words_look_both_ways_and_at_their_own_image_alone() -> None:
     other = images.clone()
     other[1, -1, -1] = 255 - other[1, -1, -1]
     changed = _fused(model, other, tokens)
-    assert _is_changed(before[:1], changed[:1]) == [False] * 8, "another row's image"
+    assert not any(_is_changed(before[:1], changed[:1])), "another row's image"
     assert _is_changed(before[1:], changed[1:])[:5] == [True] * 5, "the last patch reaches all"
 
 
@@ -75,12 +77,21 @@ def test_padding_is_not_looked_at() -> None:
     states = model.encode_images(images)
     texts = model.encode_texts(tokens)
     noisy = texts._replace(states=texts.states.clone())
-    noisy.states[:, 5:] += 3.0
+    noisy.states[0, 5:] += 3.0
     before, after = model.fuse(texts, states), model.fuse(noisy, states)
-    assert _is_changed(before, after)[:5] == [False] * 5
-    longer = torch.cat([tokens, torch.full((2, 0), PAD, dtype=tokens.dtype)], dim=1)
-    shorter = model.encode_texts(longer[:, :6]).states
-    torch.testing.assert_close(shorter[:, :5], texts.states[:, :5])
+    assert _is_changed(before[:1], after[:1])[:5] == [False] * 5
+    noisy.states[0, 4] += 3.0
+    assert all(_is_changed(before[:1], model.fuse(noisy, states)[:1])[:5]), "the last word is"
+
+
+def test_places_that_are_padding_in_all_texts_are_left_out() -> None:
+    """And change nothing: the short text alone, or beside a longer one."""
+    model, (_, tokens) = _build().eval(), _pairs(2)
+    both = model.encode_texts(tokens)
+    assert both.states.shape == (2, 7, 16)
+    alone = model.encode_texts(tokens[:1])
+    assert alone.states.shape == (1, 5, 16)
+    torch.testing.assert_close(alone.states, both.states[:1, :5])
 
 
 def test_matching_and_masked_words_are_of_the_fused_states() -> None:
