@@ -18,7 +18,7 @@ from pipeline.data.answers import UNLISTED, AnswerList
 from pipeline.data.batches import Batch
 from pipeline.data.decode import NO_ANSWER
 from pipeline.errors import RunStop
-from pipeline.evaluate.embed import any_rank
+from pipeline.evaluate.embed import any_rank, gathered
 
 Answer = Callable[[Tensor, Tensor], Tensor]  # images, tokens -> logits of the answers [b, answers]
 AGREED = 3  # people who must have given an answer for it to be wholly right
@@ -120,11 +120,8 @@ def measure_assignment(
             counts = outputs.labels >= 0
             right += float((outputs.logits.argmax(1) == outputs.labels)[counts].sum())
             counted += float(counts.sum())
-    totals = [(right, counted, bad)]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        totals = totals * dist.get_world_size()
-        dist.all_gather_object(totals, (right, counted, bad))
-    right, counted, bad = (sum(part) for part in zip(*totals, strict=True))
+    totals = zip(*gathered((right, counted, bad)), strict=True)
+    right, counted, bad = (sum(part) for part in totals)
     if not counted:
         raise RunStop(
             "data.val: no text could be assigned; a batch needs two different ones: look at its "
@@ -171,12 +168,9 @@ def _keep_examples(examples: list[Example], chunk: Sequence[_Question], said: Te
 
 
 def _gather(found: _Found) -> Answered:
-    ranks = [found]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        if dist.get_rank():
-            found.examples = []  # pictures; one rank's are enough to look at
-        ranks = [found] * dist.get_world_size()
-        dist.all_gather_object(ranks, found)
+    if dist.is_initialized() and dist.get_rank():
+        found.examples = []  # pictures; one rank's are enough to look at
+    ranks = gathered(found)
     full = [rank for rank in ranks if rank.said]
     if not full:
         raise RunStop("data.val: no usable row; look at its images, texts and answers")

@@ -21,8 +21,15 @@ from transformers.models.bert.modeling_bert import BertEncoder, BertPredictionHe
 
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import UserError
-from pipeline.models.towers import Embeddings, Pixels, clamped_scale, project
+from pipeline.models.towers import (
+    Embeddings,
+    Pixels,
+    clamped_scale,
+    load_pretrained,
+    project,
+)
 
+IMAGE_PLACES = "embeddings.position_embeddings"  # a ViT's
 NO_LABEL = -100  # torch's cross-entropy leaves such rows out
 BERT_WIDTH, BERT_STD = 768, 0.02  # the width for which BERT and ViT draw weights with this std
 
@@ -49,7 +56,7 @@ class Texts(NamedTuple):
     states: Float[Tensor, "batch length width"]
     is_there: Bool[Tensor, "batch length"]
 
-    def take(self, rows: Tensor) -> "Texts":
+    def take(self, rows: Tensor | slice) -> "Texts":
         """Some of the texts."""
         return Texts(self.states[rows], self.is_there[rows])
 
@@ -176,8 +183,7 @@ class Fusion(nn.Module):
     ) -> Fused:
         """Fuse masked texts, in training pairs and hard negatives too, in one pass."""
         count = len(tokens)
-        everything = torch.arange(count, device=tokens.device)
-        plain, masked = texts.take(everything), texts.take(everything + count)
+        plain, masked = texts.take(slice(count)), texts.take(slice(count, None))
         if not self.training:
             return Fused(masked_logits=self._guess(self.fuse(masked, images), chosen))
         assert found.image is not None, "both are embedded"
@@ -271,7 +277,9 @@ def _vision(config: ModelConfig) -> ViTModel:
     )
     if image.pretrained is None:
         return model
-    found = _load(ViTModel, image.pretrained, "model.image.pretrained")
+    found = load_pretrained(
+        ViTModel, image.pretrained, "model.image.pretrained", "a ViTModel", add_pooling_layer=False
+    )
     _check_sizes(
         "model.image",
         image.pretrained,
@@ -283,13 +291,26 @@ def _vision(config: ModelConfig) -> ViTModel:
             ("width (of its MLPs)", 4 * image.width, found.config.intermediate_size),
         ),
     )
-    with torch.no_grad():
-        embeddings = found.embeddings
-        blank = torch.empty(1, model.embeddings.position_embeddings.shape[1], image.width)
-        resized = embeddings.interpolate_pos_encoding(blank, image.size, image.size)
-        embeddings.position_embeddings = nn.Parameter(resized.clone())
-    model.load_state_dict(found.state_dict())
+    weights = found.state_dict()
+    own = model.embeddings.position_embeddings
+    weights[IMAGE_PLACES] = fit_places(weights[IMAGE_PLACES], own.shape[1])
+    model.load_state_dict(weights)
     return model
+
+
+def fit_places(
+    places: Float[Tensor, "1 places width"], count: int
+) -> Float[Tensor, "1 count width"]:
+    """A ViT's position embeddings for so many places, the first of which is of no patch.
+
+    Those of a square of patches are resized as a picture, as transformers does.
+    """
+    if places.shape[1] == count:
+        return places
+    old, new = (round((number - 1) ** 0.5) for number in (places.shape[1], count))
+    grid = places[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([places[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 def _text_and_fusion(config: ModelConfig, vocab_size: int, pad: int) -> tuple[BertModel, BertModel]:
@@ -311,7 +332,9 @@ def _text_and_fusion(config: ModelConfig, vocab_size: int, pad: int) -> tuple[Be
             BertConfig(**sizes, num_hidden_layers=text.layers), add_pooling_layer=False
         )
         return model, _cross_attending(sizes, layers)
-    whole = _load(BertModel, text.pretrained, "model.text.pretrained")
+    whole = load_pretrained(
+        BertModel, text.pretrained, "model.text.pretrained", "a BertModel", add_pooling_layer=False
+    )
     _check_sizes(
         "model.text",
         text.pretrained,
@@ -357,16 +380,6 @@ def _cross_attending(sizes: dict[str, Any], layers: int) -> BertModel:
         **sizes, num_hidden_layers=layers, is_decoder=True, add_cross_attention=True
     )
     return BertModel(config, add_pooling_layer=False)
-
-
-def _load(kind: Any, path: str, place: str) -> Any:
-    try:
-        return kind.from_pretrained(path, dtype=torch.float32, add_pooling_layer=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{place}: {path!r} cannot be loaded as a {kind.__name__} ({error}); give a folder "
-            "saved by transformers, or a hub id that is reachable from here"
-        ) from error
 
 
 def _check_sizes(section: str, path: str, sizes: Sequence[tuple[str, int, int]]) -> None:

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+
+from pipeline.errors import UserError
 
 MAX_LOGIT_SCALE = 100.0
 
@@ -52,3 +54,17 @@ def project(
 ) -> Float[Tensor, "batch dim"] | None:
     """Unit-norm fp32 rows; None without a projection."""
     return None if projection is None else F.normalize(projection(pooled).float(), dim=-1)
+
+
+def load_pretrained(kind: Any, path: str, place: str, what: str, **options: Any) -> Any:
+    """Load a model class of transformers, `what` in words, in fp32 from a folder or the hub.
+
+    Raises `UserError` that begins with `place`, the config path, when it cannot be loaded.
+    """
+    try:
+        return kind.from_pretrained(path, dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{place}: {path!r} cannot be loaded as {what} ({error}); give a folder saved by "
+            "transformers, or a hub id that is reachable from here"
+        ) from error

@@ -9,14 +9,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import UserError
-from pipeline.models.towers import Embeddings, Pixels, clamped_scale, project
+from pipeline.models.towers import (
+    Embeddings,
+    Pixels,
+    clamped_scale,
+    load_pretrained,
+    project,
+)
 
 
 class TwoTower(nn.Module):
@@ -115,7 +120,7 @@ def build_two_tower(
             )
         clip = CLIPModel(clip_config(config, vocab_size, start, end, pad))
     else:
-        clip = _load_pretrained(config.pretrained)
+        clip = load_pretrained(CLIPModel, config.pretrained, "model.pretrained", "a CLIP model")
         _check_pretrained(clip.config, config, vocab_size)
     model = TwoTower(clip, mean, std, independent=independent)
     if config.gradient_checkpointing:
@@ -154,16 +159,6 @@ def clip_config(config: ModelConfig, vocab_size: int, start: int, end: int, pad:
         projection_dim=config.embed_dim,
         logit_scale_init_value=math.log(config.logit_scale_init),
     )
-
-
-def _load_pretrained(path: str) -> CLIPModel:
-    try:
-        return CLIPModel.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.pretrained: {path!r} cannot be loaded as a CLIP model ({error}); give a folder "
-            "saved by transformers, or a hub id that is reachable from here"
-        ) from error
 
 
 def _check_pretrained(found: CLIPConfig, config: ModelConfig, vocab_size: int) -> None:

@@ -6,11 +6,11 @@ the module is given, too.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config.plan import Plan
 from pipeline.config.schema import Config, FusionConfig, StructureConfig
@@ -43,7 +43,7 @@ from pipeline.losses.structure import (
     consistency,
     there,
 )
-from pipeline.train.module import FusionPretraining, Outputs, Pretraining
+from pipeline.train.module import Outputs
 
 BRIDGE_CURVE = {  # points t of the bridge, by the metric of the residual there
     f"structure/bridge_residual_at_{t:.3f}": t
@@ -320,9 +320,16 @@ def build_objective(
     return Objective(loss, **terms)
 
 
-def build_momentum(
-    config: Config, module: Pretraining | FusionPretraining, device: torch.device
-) -> Momentum | None:
+class HasTowers(Protocol):
+    """A module that trains a model, pretraining or for a task."""
+
+    @property
+    def towers(self) -> nn.Module:
+        """The model."""
+        ...
+
+
+def build_momentum(config: Config, module: HasTowers, device: torch.device) -> Momentum | None:
     """Copy the model in a module that no engine has yet, if the run has a slow one."""
     if not config.has_momentum:
         return None

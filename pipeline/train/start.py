@@ -7,8 +7,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.load import parse_config
@@ -16,6 +14,7 @@ from pipeline.config.schema import Config
 from pipeline.data.text import Tokenizer, load_tokenizer
 from pipeline.engine.zero import load_weights
 from pipeline.errors import RunStop, UserError
+from pipeline.models.fusion import IMAGE_PLACES, fit_places
 from pipeline.train.checkpoint import read_meta
 from pipeline.train.module import TOWERS
 from pipeline.train.store import RunFolder, RunRecord
@@ -23,7 +22,7 @@ from pipeline.train.store import RunFolder, RunRecord
 LOG = logging.getLogger(__name__)
 SAME = ("kind", "embed_dim", "image.patch", "image.width", "image.layers", "image.heads",
         "text.width", "text.layers", "text.heads", "fusion.layers")  # fmt: skip
-IMAGE_PLACES = f"{TOWERS}vision_model.embeddings.position_embeddings"  # a ViT's; the first: whole
+IMAGES_PLACES = f"{TOWERS}vision_model.{IMAGE_PLACES}"
 TEXT_PLACES = f"{TOWERS}text_model.embeddings.position_embeddings.weight"
 PARTS = (TOWERS, "second.")  # what a run starts with of another
 
@@ -111,12 +110,9 @@ def _fitted(name: str, value: Tensor, own: Tensor) -> Tensor:
         return value
     if name == TEXT_PLACES and len(value) > len(own):
         return value[: len(own)]
-    if name != IMAGE_PLACES:
+    if name != IMAGES_PLACES:
         raise RunStop(
             f"model.init: its {name} has shape {list(value.shape)}, this model's "
             f"{list(own.shape)}; give model and data.tokenizer the settings of that run"
         )
-    sides = [round((places.shape[1] - 1) ** 0.5) for places in (value, own)]
-    grid = value[:, 1:].reshape(1, sides[0], sides[0], -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(sides[1], sides[1]), mode="bicubic", align_corners=False)
-    return torch.cat([value[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    return fit_places(value, own.shape[1])

@@ -38,7 +38,6 @@ from pipeline.tracking.tracker import MetricLog, RunRef
 from pipeline.train.board import Board, pass_warnings_on
 from pipeline.train.checkpoint import State, load_checkpoint, read_meta, save_checkpoint
 from pipeline.train.loop import Actions, Cadence, Left, Progress, Wish, run_loop
-from pipeline.train.module import FusionPretraining, Pretraining
 from pipeline.train.objective import Objective, build_momentum, build_objective
 from pipeline.train.publish import Sender, agreed, fetch_derived, forget_after, keep
 from pipeline.train.pulse import Pulse
@@ -268,7 +267,7 @@ class _Trainer:
             device = ray.train.torch.get_device()
             if folder is None and self.config.model.init is not None:
                 self._start(module)
-            self.momentum = self._build_momentum(module, device)
+            self.momentum = build_momentum(self.config, module, device)
             self.engine = Engine(
                 module,
                 engine=self.config.engine,
@@ -302,13 +301,8 @@ class _Trainer:
                 raise RunStop(f"model.init: {run.url} has lost its checkpoints; put them back")
             load_start(module, found[1])
 
-    def _build_momentum(self, module: Module, device: torch.device) -> Momentum | None:
-        if not isinstance(module, Pretraining | FusionPretraining):
-            return None
-        return build_momentum(self.config, module, device)
-
     def _build_objective(self, module: Module) -> Objective | TaskObjective:
-        if not isinstance(module, Pretraining | FusionPretraining):
+        if self.config.task is not None:
             return build_task_objective(module)
         return build_objective(
             self.config,
