@@ -6,6 +6,7 @@ Must not know: training.
 
 import contextlib
 import http.client
+import json
 import logging
 import os
 import re
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+Role = Literal["training", "evaluation"]
 FLUSH_SECONDS = 2.0
 RETRY_SECONDS = 15.0
 MAX_BUFFERED = 100_000
@@ -39,6 +41,16 @@ class RunRef:
 
     uri: str
     run_id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Input:
+    """A data set that a run reads; `digest` changes with its files, `source` is where they lie."""
+
+    role: Role
+    source: str
+    digest: str
+    rows: int
 
 
 def tracking_uri(uri: str, storage: str) -> str:
@@ -108,6 +120,33 @@ def open_run(
     except Exception as error:
         raise UserError(f"tracking.uri: MLflow at {uri} refused the run: {error}") from error
     return RunRef(uri=uri, run_id=run_id)
+
+
+def log_inputs(ref: RunRef, inputs: Sequence[Input]) -> None:
+    """Say which data sets the run reads; a tracker that is gone is only warned of."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    entries = [
+        DatasetInput(
+            Dataset(
+                name=_short_name(each.source),
+                digest=each.digest,
+                source_type=each.source.partition("://")[0] if "://" in each.source else "local",
+                source=json.dumps({"uri": each.source}),
+                profile=json.dumps({"num_rows": each.rows}),
+            ),
+            [InputTag("mlflow.data.context", each.role)],
+        )
+        for each in inputs
+    ]
+    with _tolerant("log the data sets"):
+        _client(ref.uri).log_inputs(ref.run_id, entries)
+
+
+def _short_name(source: str) -> str:
+    """The last two parts of each path: a folder `train` alone says little."""
+    paths = (path.partition("?")[0].rstrip("/").split("/") for path in source.split(", "))
+    return ", ".join("/".join(path[-2:]) for path in paths)[:500]
 
 
 def close_run(ref: RunRef, status: Status) -> None:

@@ -7,6 +7,7 @@ the head node of a cluster.
 import contextlib
 import getpass
 import importlib.metadata
+import json
 import logging
 import math
 import os
@@ -30,6 +31,7 @@ from ray.train.torch import TorchConfig
 
 from pipeline.config.load import dump, parse_config
 from pipeline.config.schema import Config, WorkersRange, flatten
+from pipeline.data.layout import Catalog
 from pipeline.data.rows import BadRow
 from pipeline.data.storage import open_filesystem
 from pipeline.data.stream import start_ray_data_here
@@ -219,6 +221,7 @@ def _new_record(prepared: Prepared, folder: RunFolder, name: str) -> RunRecord:
         tags=_tags(prepared, folder),
         run_id=None,
     )
+    tracker.log_inputs(run, list(_inputs(prepared)))
     return RunRecord(
         name=name,
         config=config.model_dump(mode="json"),
@@ -264,14 +267,31 @@ def _tags(prepared: Prepared, folder: RunFolder) -> dict[str, str]:
     return {**tags, "mlflow.source.git.commit": commit} if commit else tags
 
 
+def _inputs(prepared: Prepared) -> Iterator[tracker.Input]:
+    """The data sets that a run reads: their rows are not read for it."""
+    catalogs: dict[tracker.Role, Catalog] = {"training": prepared.catalog}
+    if prepared.suite is not None:
+        catalogs["evaluation"] = prepared.suite.catalog
+    for role, catalog in catalogs.items():
+        yield tracker.Input(
+            role=role, source=catalog.root, digest=catalog.digest, rows=catalog.num_rows
+        )
+
+
 def _kind_tags(config: Config) -> dict[str, str]:
+    model = {"gammaray.model": config.model.kind}
     if config.task is not None:
-        return {"gammaray.task": config.task.kind, "gammaray.init": config.model.init or "none"}
+        init = config.model.init or "none"
+        return {**model, "gammaray.task": config.task.kind, "gammaray.init": init}
     prior = config.loss.prior if config.loss.kind == "gamma" else "none"
-    return {"gammaray.loss": config.loss.kind, "gammaray.prior": prior}
+    return {**model, "gammaray.loss": config.loss.kind, "gammaray.prior": prior}
 
 
 def _commit() -> str | None:
+    """Of the code: as `gammaray submit` said, which sends no repository, or of the one it is in."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON") or "{}")
+    if said := (job.get("metadata") or {}).get("commit"):
+        return said
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         asked = subprocess.run(
             ["git", "rev-parse", "HEAD"],
@@ -384,10 +404,13 @@ class _Diary:
         self._tags[f"gammaray.event.{moment}.{kind}"] = text
         self._deliver()
 
-    def begin(self, attempt: int) -> None:
-        """Keep the number of this attempt for the next driver."""
+    def begin(self, attempt: int, workers: int) -> None:
+        """Keep the number of this attempt for the next driver, and tag the MLflow run with it."""
         self.record = replace(self.record, attempts=attempt)
         self._folder.write_record(self.record)
+        self._tags["gammaray.attempt"] = str(attempt)
+        self._tags["gammaray.world_size"] = str(workers)
+        self._deliver()
 
     def keep_stacks(self, event: Event) -> None:
         """Keep what a worker that stood still was doing, among the run's artifacts."""
@@ -518,7 +541,7 @@ class Watch:
                 f"worker(s){before}",
             )
         self._workers = event["workers"]
-        self.diary.begin(event["attempt"])
+        self.diary.begin(event["attempt"], event["workers"])
 
     def _fail(self, message: str) -> None:
         if self.has_left is not None:

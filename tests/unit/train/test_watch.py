@@ -15,13 +15,13 @@ from tests.tiny import tiny_config
 class _Diary:
     def __init__(self) -> None:
         self.notes: list[tuple[str, str]] = []
-        self.attempt = 0
+        self.attempt = self.workers = 0
 
     def note(self, kind: str, text: str) -> None:
         self.notes.append((kind, text))
 
-    def begin(self, attempt: int) -> None:
-        self.attempt = attempt
+    def begin(self, attempt: int, workers: int) -> None:
+        self.attempt, self.workers = attempt, workers
 
     def keep_stacks(self, event: Mapping[str, Any]) -> None:
         self.note("stacks", str(event["rank"]))
@@ -66,7 +66,7 @@ def test_failures_since_the_last_checkpoint_count() -> None:
     watch, diary, warnings = _watch(_started(1), *again, max_failures=1)
     assert watch.given_up is None
     assert warnings[0] == "worker 1 died; restarting (0 more allowed before the next checkpoint)"
-    assert diary.attempt == 3
+    assert (diary.attempt, diary.workers) == (3, 2)
     watch, _, _ = _watch(_started(1), *again, _failed("worker 0: boom"), max_failures=1)
     assert watch.given_up == "worker 0: boom"
 
