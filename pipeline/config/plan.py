@@ -324,6 +324,14 @@ def _task_contradictions(config: Config, micro: int) -> list[Problem]:
                 "raise it, raise train.global_batch, or lower cluster.workers",
             )
         )
+    if task.kind == "assignment" and task.distillation:
+        problems.append(
+            Problem(
+                place="task.distillation",
+                message=f"is {task.distillation}; assignment draws its pictures anew, so a "
+                "momentum model would be asked something else: leave it out",
+            )
+        )
     if config.structure.is_on:
         problems.append(
             Problem(
@@ -486,7 +494,7 @@ def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
         momentum=config.has_momentum,
         structure=_terms(config.structure),
         fusion=_fusion(config),
-        task="" if config.task is None else f"fine-tuned for {config.task.kind}",
+        task=_task(config),
     )
     return plan, problems
 
@@ -510,6 +518,14 @@ def _fusion(config: Config) -> str:
         f"{fusion.mask_share:.0%} of the words masked (weight {fusion.masked_words:g}), "
         f"{fusion.distillation:.0%} of the targets by the momentum model"
     )
+
+
+def _task(config: Config) -> str:
+    if config.task is None:
+        return ""
+    alpha = config.task.distillation
+    slow = f", {alpha:.0%} of the targets by a momentum model" if alpha else ""
+    return f"fine-tuned for {config.task.kind}{slow}"
 
 
 def resize(config: Config, workers: int, before: Plan) -> Config:

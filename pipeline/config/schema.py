@@ -487,6 +487,14 @@ class TaskConfig(Section):
         default=3128, description="Of vqa's training answers: the commonest that are kept."
     )
     decoder_layers: PositiveInt = Field(default=6, description="Of vqa's answer decoder.")
+    distillation: Fraction = Field(
+        default=0.0,
+        description="Share of the answers of a momentum model (structure.momentum is its decay) in "
+        "the targets (alpha); 0: there is none.",
+    )
+    distillation_ramp_samples: NonNegativeInt = Field(
+        default=0, description="Samples over which that share rises linearly from zero."
+    )
     ranked: PositiveInt = Field(
         default=128,
         description="Of vqa: answers scored whole in evaluation, the likeliest by first token.",
@@ -707,7 +715,7 @@ class Config(Section):
     def has_momentum(self) -> bool:
         """Whether a slow copy of the model embeds each row too."""
         if self.task is not None:
-            return False
+            return self.task.distillation > 0
         return self.model.kind == "fusion" or self.structure.has_momentum
 
 

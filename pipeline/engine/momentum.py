@@ -20,11 +20,21 @@ class Momentum:
     """w <- decay w + (1 - decay) w', w' being the trained weights: He et al. 2020 (MoCo), eq. 2."""
 
     def __init__(
-        self, module: nn.Module, decay: float, *, device: torch.device, precision: torch.dtype
+        self,
+        module: nn.Module,
+        decay: float,
+        *,
+        prefix: str,
+        device: torch.device,
+        precision: torch.dtype,
     ):
-        """Copy `module`, not yet partitioned; its forward runs in `precision`."""
+        """Copy `module`, not yet partitioned; its forward runs in `precision`.
+
+        Names of its parameters begin with `prefix` in what an engine trains; empty if it is that.
+        """
         self._copy = copy.deepcopy(module).float().to(device).eval().requires_grad_(False)
         self._decay = decay
+        self._prefix = prefix
         self._device = device
         self._precision = precision
 
@@ -34,13 +44,13 @@ class Momentum:
         with torch.no_grad(), torch.autocast(self._device.type, self._precision, is_mixed):
             return self._copy(*inputs)
 
-    def update(self, engine: Engine, prefix: str) -> None:
-        """Follow the engine's parameters whose names begin with `prefix`; all ranks call it.
+    def update(self, engine: Engine) -> None:
+        """Follow the engine's parameters; all ranks call it.
 
         At stage 3 each parameter is gathered for it, as for a forward.
         """
         slow = dict(self._copy.named_parameters())
-        for name, parameter in engine.whole_parameters(prefix):
+        for name, parameter in engine.whole_parameters(self._prefix):
             slow[name].lerp_(parameter.to(torch.float32), 1 - self._decay)
 
     def state_dict(self) -> dict[str, Tensor]:

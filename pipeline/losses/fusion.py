@@ -123,6 +123,18 @@ def matching_loss(
     return loss, {"matching_accuracy": right.detach()}
 
 
+def ramped(share: float, ramp: int, samples: int) -> float:
+    """The share, rising linearly from zero over the first `ramp` samples."""
+    return share * min(1.0, (samples + 1) / (ramp + 1))
+
+
+def soft_cross_entropy(
+    logits: Float[Tensor, "rows classes"], slow_logits: Float[Tensor, "rows classes"]
+) -> Float[Tensor, " rows"]:
+    """Cross-entropy of each row toward the momentum model's softmax."""
+    return -(slow_logits.float().softmax(1) * logits.float().log_softmax(1)).sum(1)
+
+
 def masked_words_loss(
     logits: Float[Tensor, "chosen vocab"],
     words: Int[Tensor, " chosen"],
@@ -133,9 +145,8 @@ def masked_words_loss(
 
     Zero when no word was chosen.
     """
-    log_probabilities = logits.float().log_softmax(1)
-    hard = -log_probabilities.gather(1, words.long()[:, None]).sum()
-    soft = -(slow_logits.float().softmax(1) * log_probabilities).sum()
+    hard = F.cross_entropy(logits.float(), words.long(), reduction="sum")
+    soft = soft_cross_entropy(logits, slow_logits).sum()
     count = max(len(words), 1)
     right = (logits.argmax(1) == words).float().sum() / count
     loss = ((1 - alpha) * hard + alpha * soft) / count

@@ -27,12 +27,15 @@ ANSWERS_AT_ONCE = 16  # per question and pass; of ranking, the same count on all
 class TaskOutputs(NamedTuple):
     """What a head says of a batch, in fp32; what it does not say is None.
 
-    `labels` are of tasks that make their own: classes, or NO_LABEL.
+    `labels` are of tasks that make their own: classes, or NO_LABEL. `word_logits` are those of
+    the words of answers that were given, one answer after the other; `is_word` says how many.
     """
 
     logits: Float[Tensor, "batch labels"] | None = None
     answer_losses: Float[Tensor, " answers"] | None = None
     labels: Int[Tensor, " batch"] | None = None
+    word_logits: Float[Tensor, "words vocab"] | None = None
+    is_word: Bool[Tensor, "answers places"] | None = None
 
 
 class TwoPictures(nn.Module):
@@ -221,19 +224,17 @@ class Answerer(nn.Module):
         questions = Texts(states, texts.is_there)
         if rows is None or targets is None:
             return TaskOutputs(self._rank(questions))
-        return TaskOutputs(answer_losses=self._losses(questions.take(rows), targets))
+        return self._losses(questions.take(rows), targets)
 
-    def _losses(
-        self, questions: Texts, targets: Int[Tensor, " answers"]
-    ) -> Float[Tensor, " answers"]:
-        """-log p of each answer to its question."""
+    def _losses(self, questions: Texts, targets: Int[Tensor, " answers"]) -> TaskOutputs:
+        """-log p of each answer to its question, and the logits of its words."""
         words = self.answers[targets]
         following = words[:, 1:]
         is_word = following != self._pad
         logits = self._next_words(questions, words[:, :-1], is_word)
         losses = F.cross_entropy(logits, following[is_word], reduction="none")
         spread = torch.zeros(is_word.shape, device=losses.device).masked_scatter(is_word, losses)
-        return spread.sum(1)
+        return TaskOutputs(answer_losses=spread.sum(1), word_logits=logits, is_word=is_word)
 
     def _next_words(
         self,
@@ -262,7 +263,8 @@ class Answerer(nn.Module):
         found: list[Tensor] = []
         for some in chosen.split(ANSWERS_AT_ONCE, dim=1):
             rows = everyone.repeat_interleave(some.shape[1])
-            losses = self._losses(questions.take(rows), some.flatten())
+            losses = self._losses(questions.take(rows), some.flatten()).answer_losses
+            assert losses is not None, "it was given answers"
             found.append(-losses.view(some.shape))
         shape = len(chosen), len(self.answers)
         nothing = torch.full(shape, -torch.inf, device=chosen.device)

@@ -6,11 +6,11 @@ the module is given, too.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.config.plan import Plan
 from pipeline.config.schema import Config, FusionConfig, StructureConfig
@@ -31,6 +31,7 @@ from pipeline.losses.fusion import (
     mask_words,
     masked_words_loss,
     matching_loss,
+    ramped,
 )
 from pipeline.losses.gamma import GammaLoss
 from pipeline.losses.normalizer import CountedEvidence, Evidence
@@ -43,7 +44,8 @@ from pipeline.losses.structure import (
     consistency,
     there,
 )
-from pipeline.train.module import Outputs
+from pipeline.train.module import TOWERS, Outputs
+from pipeline.train.task import Module
 
 BRIDGE_CURVE = {  # points t of the bridge, by the metric of the residual there
     f"structure/bridge_residual_at_{t:.3f}": t
@@ -265,8 +267,8 @@ class FusionObjective(Objective):
         return own + super()._terms(outputs, samples)
 
     def _alpha(self, samples: int) -> float:
-        ramp = self._fusion.distillation_ramp_samples
-        return self._fusion.distillation * min(1.0, (samples + 1) / (ramp + 1))
+        fusion = self._fusion
+        return ramped(fusion.distillation, fusion.distillation_ramp_samples, samples)
 
 
 def _bridge_curve(image: Modality, text: Modality) -> dict[str, Tensor]:
@@ -320,21 +322,20 @@ def build_objective(
     return Objective(loss, **terms)
 
 
-class HasTowers(Protocol):
-    """A module that trains a model, pretraining or for a task."""
+def build_momentum(config: Config, module: Module, device: torch.device) -> Momentum | None:
+    """Copy the model in a module that no engine has yet, if the run has a slow one.
 
-    @property
-    def towers(self) -> nn.Module:
-        """The model."""
-        ...
-
-
-def build_momentum(config: Config, module: HasTowers, device: torch.device) -> Momentum | None:
-    """Copy the model in a module that no engine has yet, if the run has a slow one."""
+    Of a task its head too, which gives the slow answers.
+    """
     if not config.has_momentum:
         return None
+    is_task = config.task is not None
     return Momentum(
-        module.towers, config.structure.momentum, device=device, precision=_precision(config)
+        module if is_task else module.towers,
+        config.structure.momentum,
+        prefix="" if is_task else TOWERS,
+        device=device,
+        precision=_precision(config),
     )
 
 

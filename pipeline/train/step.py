@@ -11,7 +11,6 @@ from torch import Tensor
 from pipeline.data.batches import Batch
 from pipeline.engine.momentum import Momentum
 from pipeline.engine.zero import Engine
-from pipeline.train.module import TOWERS
 from pipeline.train.objective import Objective
 from pipeline.train.task import TaskObjective
 
@@ -78,7 +77,7 @@ def train_step(
         grad_norm = float("nan")
     is_finite = is_finite and math.isfinite(grad_norm)
     if momentum is not None and is_finite:
-        momentum.update(engine, TOWERS)
+        momentum.update(engine)
     return StepResult(
         metrics=_mean(metrics),
         diagnose=diagnose,

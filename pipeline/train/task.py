@@ -4,7 +4,6 @@ Enters: a config with a task, batches of texts and answers. Leaves: what `train_
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +11,15 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, TaskConfig
 from pipeline.data.answers import AnswerList
 from pipeline.data.batches import Batch
 from pipeline.data.decode import Asked
 from pipeline.data.text import Tokenizer
 from pipeline.errors import UserError
 from pipeline.losses.base import Gather, LossValue, State
-from pipeline.losses.fusion import matching_loss
+from pipeline.losses.fusion import matching_loss, ramped, soft_cross_entropy
+from pipeline.losses.structure import there
 from pipeline.models.heads import Answerer, Assigner, Classifier, TaskOutputs
 from pipeline.train.module import (
     FusionPretraining,
@@ -80,28 +80,40 @@ def encode_answers(answers: AnswerList, tokenizer: Tokenizer, config: Config) ->
 class TaskObjective:
     """Cross-entropy of answers: of classes, or of the words a decoder writes.
 
-    Of a question that several people answered each answer counts by its share of those listed.
+    Of a question that several people answered each answer counts by its share of those listed. A
+    share alpha of all targets may be what a momentum model answers (ALBEF, section 3.3).
     """
+
+    def __init__(self, distillation: float = 0.0, ramp_samples: int = 0):
+        """`distillation`: alpha, once so many samples have been seen."""
+        self._distillation, self._ramp_samples = distillation, ramp_samples
 
     def inputs(self, batch: Batch) -> list[Tensor | None]:
         """Images and texts; for a decoder also which answers each is to give."""
         return [batch.images, batch.tokens]
 
     def slow_inputs(self, inputs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """There is no slow copy in fine-tuning."""
-        raise AssertionError("a task has no momentum model")
+        """All of them: it answers the same questions."""
+        return inputs
 
-    def loss(self, outputs: TaskOutputs, slow: Any, batch: Batch, samples: int) -> LossValue:
-        """Give the loss of a batch."""
-        del slow, samples
+    def loss(
+        self, outputs: TaskOutputs, slow: TaskOutputs | None, batch: Batch, samples: int
+    ) -> LossValue:
+        """Give the loss of a batch, of which `samples` had been seen before."""
         assert outputs.logits is not None, "a classifier gives logits"
         if outputs.labels is not None:
             loss, found = matching_loss(outputs.logits, outputs.labels)
             return _value(loss, found["matching_accuracy"])
         shares = answer_shares(batch, outputs.logits.shape[1]).to(outputs.logits.device)
-        loss = -(shares * outputs.logits.log_softmax(1)).sum(1).mean()
+        losses = -(shares * outputs.logits.log_softmax(1)).sum(1)
+        if slow is not None:
+            soft = soft_cross_entropy(outputs.logits, there(slow.logits))
+            losses = losses.lerp(soft, self._alpha(samples))
         right = shares.gather(1, outputs.logits.argmax(1, keepdim=True)) > 0
-        return _value(loss, right.float().mean())
+        return _value(losses.mean(), right.float().mean())
+
+    def _alpha(self, samples: int) -> float:
+        return ramped(self._distillation, self._ramp_samples, samples)
 
     def share(self, gather: Gather) -> None:
         """Nothing: it has no running state."""
@@ -122,12 +134,17 @@ class AnswerObjective(TaskObjective):
         rows, numbers, _ = distinct_answers(batch)
         return [batch.images, batch.tokens, rows, numbers]
 
-    def loss(self, outputs: TaskOutputs, slow: Any, batch: Batch, samples: int) -> LossValue:
+    def loss(
+        self, outputs: TaskOutputs, slow: TaskOutputs | None, batch: Batch, samples: int
+    ) -> LossValue:
         """Give the loss of a batch; how often it is right is not known in training."""
-        del slow, samples
-        assert outputs.answer_losses is not None, "it was given answers"
+        losses = there(outputs.answer_losses)
+        if slow is not None:
+            words = soft_cross_entropy(there(outputs.word_logits), there(slow.word_logits))
+            is_word = there(outputs.is_word)
+            soft = torch.zeros(is_word.shape, device=words.device).masked_scatter(is_word, words)
+            losses = losses.lerp(soft.sum(1), self._alpha(samples))
         _, _, shares = distinct_answers(batch)
-        losses = outputs.answer_losses
         loss = (shares.to(losses) * losses).sum() / len(batch.tokens)
         return LossValue(loss=loss, metrics={"loss": loss.detach()})
 
@@ -156,6 +173,7 @@ def distinct_answers(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return pairs[0], pairs[1], counts / totals
 
 
-def build_task_objective(module: nn.Module) -> TaskObjective:
+def build_task_objective(task: TaskConfig, module: nn.Module) -> TaskObjective:
     """What a step of fine-tuning `module` minimises."""
-    return AnswerObjective() if isinstance(module, Answerer) else TaskObjective()
+    kind = AnswerObjective if isinstance(module, Answerer) else TaskObjective
+    return kind(task.distillation, task.distillation_ramp_samples)

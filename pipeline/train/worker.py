@@ -303,7 +303,7 @@ class _Trainer:
 
     def _build_objective(self, module: Module) -> Objective | TaskObjective:
         if self.config.task is not None:
-            return build_task_objective(module)
+            return build_task_objective(self.config.task, module)
         return build_objective(
             self.config,
             self.plan,

@@ -1,5 +1,6 @@
 """The fusion model under ZeRO 0-3: gradients of one process, one momentum model, exact resume."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import torch.distributed as dist
 from jobs.bench.ranks import run_ranks
 from pipeline.config.plan import make_plan
 from pipeline.config.schema import Config
+from pipeline.data.answers import AnswerList
 from pipeline.data.batches import Batch
+from pipeline.data.decode import Asked
 from pipeline.engine.momentum import Momentum
 from pipeline.engine.zero import Engine
 from pipeline.evaluate.embed import Forward, embed_rows
@@ -21,6 +24,7 @@ from pipeline.losses.base import LossValue
 from pipeline.train.module import TOWERS
 from pipeline.train.objective import FusionObjective, Objective, build_momentum, build_objective
 from pipeline.train.step import train_step
+from pipeline.train.task import Module, TaskObjective, build_module, build_task_objective
 from tests.tiny import (
     FUSION,
     tiny_batch,
@@ -35,6 +39,7 @@ GLOBAL_BATCH = 8
 STAGES = (0, 1, 2, 3)
 DECAY = 0.75
 CPU = torch.device("cpu")
+ANSWERS = AnswerList(names=("red", "a large square"), is_open=True)
 TERMS: dict[str, Any] = {
     "views": "momentum",
     "momentum": DECAY,
@@ -223,6 +228,79 @@ def test_a_resumed_run_goes_on_to_the_last_bit(tmp_path: Path) -> None:
     for rank in run_ranks(_resumed, 2, str(tmp_path)):
         for stage, (straight, resumed) in zip(STAGES, rank, strict=True):
             assert straight == resumed, f"ZeRO-{stage}"
+
+
+def _task(stage: int, kind: str) -> tuple[Momentum, Engine, TaskObjective]:
+    config = _task_config(stage, kind)
+    assert config.task is not None
+    module = _module(kind, stage)
+    momentum = build_momentum(config, module, CPU)
+    assert momentum is not None
+    engine = Engine(
+        module, engine=config.engine, optim=config.optim, micro_batch=4, accumulation=1,
+        device=CPU,
+    )  # fmt: skip
+    return momentum, engine, build_task_objective(config.task, module)
+
+
+def _task_config(stage: int, kind: str) -> Config:
+    return tiny_config(
+        model=FUSION,
+        task={"kind": kind, "decoder_layers": 1, "distillation": 0.4},
+        structure={"momentum": DECAY},
+        engine={"zero_stage": stage},
+        optim={"lr": 0.02},
+    )
+
+
+def _distilled(kinds: tuple[str, ...]) -> list[tuple[dict[str, Any], dict[str, Any], list[float]]]:
+    """Momentum model, its literal average, losses: of each kind at each stage."""
+    import deepspeed
+
+    found = []
+    for kind in kinds:
+        for stage in STAGES:
+            momentum, engine, objective = _task(stage, kind)
+            literal = {name: value.clone() for name, value in momentum.state_dict().items()}
+            losses = []
+            for step in range(3):
+                batch = _shard(dist.get_rank(), 2, seed=step)
+                batch.answers = torch.full((4, 1), step % 2, dtype=torch.int32)
+                if kind == "reasoning":
+                    batch.images = torch.stack([batch.images, batch.images.flip(0)], dim=1)
+                result = train_step(
+                    engine, momentum, objective, iter([batch]), accumulation=1, lr_factor=1.0,
+                    samples=8 * step,
+                )  # fmt: skip
+                losses.append(float(result.metrics["loss"]))
+                for name, parameter in engine.module.named_parameters():
+                    with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
+                        literal[name].lerp_(parameter.detach().float(), 1 - DECAY)
+            found.append((momentum.state_dict(), literal, losses))
+    return found
+
+
+@pytest.mark.distributed
+def test_a_tasks_momentum_model_has_its_head_too() -> None:
+    """The literal average at every stage; two pictures share modules by two names."""
+    kinds = ("entailment", "reasoning", "vqa")
+    ranks = run_ranks(_distilled, 2, kinds)
+    for index, (kind, stage) in enumerate(itertools.product(kinds, STAGES)):
+        (copy, literal, losses), (other, _, _) = ranks[0][index], ranks[1][index]
+        names = {name for name, _ in _module(kind).named_parameters()}
+        assert names <= copy.keys()
+        assert any(not name.startswith(TOWERS) for name in names)
+        for name in names:
+            case = f"{name} of {kind} at ZeRO-{stage}"
+            assert torch.equal(copy[name], other[name]), case
+            torch.testing.assert_close(copy[name], literal[name], rtol=1e-5, atol=1e-6, msg=case)
+        first = ranks[0][index - stage][2]
+        assert losses == pytest.approx(first, rel=1e-3), f"{kind} at ZeRO-{stage}"
+
+
+def _module(kind: str, stage: int = 0) -> Module:
+    asked = Asked(answers=ANSWERS, pictures=2 if kind == "reasoning" else 1)
+    return build_module(_task_config(stage, kind), tiny_tokenizer(), asked)
 
 
 def test_what_is_masked_and_drawn_follows_from_torchs_seed() -> None:

@@ -14,7 +14,6 @@ from pipeline.config.plan import loss_bytes, make_plan
 from pipeline.config.schema import LossKind
 from pipeline.engine.zero import Engine
 from pipeline.losses.contrastive import InfoNCEGathered
-from pipeline.train.module import TOWERS
 from pipeline.train.objective import build_loss, build_momentum, build_objective
 from tests.tiny import tiny_config, tiny_facts, tiny_module, tiny_pairs, tiny_tokenizer
 
@@ -111,7 +110,7 @@ def _one_step(stage: int, kind: str, local_batch: int) -> tuple[Record, Record]:
         engine.backward(value.loss)
         engine.step(1.0)
         if momentum is not None:
-            momentum.update(engine, TOWERS)
+            momentum.update(engine)
     return dict(of_loss.calls), dict(step.calls)
 
 

@@ -1,5 +1,6 @@
 """The fusion model: what may look at what, its negatives, pretrained parts."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,14 @@ import torch
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from pipeline.errors import UserError
-from pipeline.models.fusion import NO_LABEL, Fusion, build_fusion, draw_negatives, may_be_confused
+from pipeline.models.fusion import (
+    NO_LABEL,
+    Fusion,
+    begin_places,
+    build_fusion,
+    draw_negatives,
+    may_be_confused,
+)
 from tests.tiny import FUSION, tiny_config, tiny_pairs, tiny_tokenizer
 
 PAD = 0
@@ -187,6 +195,25 @@ def _save_bert(folder: Path) -> BertModel:
     )  # fmt: skip
     model.save_pretrained(folder)
     return model
+
+
+def test_places_begin_as_sines_of_row_and_column() -> None:
+    places = begin_places(3, 16)[0]
+    assert places.shape == (10, 16)
+    assert not places[0].any(), "the whole image is nowhere"
+    for row in range(3):
+        for column in range(3):
+            waves = [10_000 ** (-wave / 4) for wave in range(4)]
+            expected = [
+                function(step * wave)
+                for step in (row, column)
+                for function in (math.sin, math.cos)
+                for wave in waves
+            ]
+            assert places[1 + 3 * row + column].tolist() == pytest.approx(expected, abs=1e-6)
+    assert begin_places(2, 6).shape == (1, 5, 6), (
+        "of widths that are no multiple of 4 the rest is 0"
+    )
 
 
 def test_pretrained_parts_are_loaded(tmp_path: Path) -> None:

@@ -35,6 +35,11 @@ def _config(kind: str = "classification", **sections: dict[str, Any]) -> Config:
     return tiny_config(**{"model": FUSION, "task": {"kind": kind, "decoder_layers": 1}, **sections})
 
 
+def _objective(config: Config, module: torch.nn.Module) -> TaskObjective:
+    assert config.task is not None
+    return build_task_objective(config.task, module)
+
+
 def _batch(*answers: list[int]) -> Batch:
     batch = tiny_batch(len(answers), rows=len(answers))
     table = torch.full((len(answers), ANSWERS), NO_ANSWER, dtype=torch.int32)
@@ -55,9 +60,10 @@ def _batch(*answers: list[int]) -> Batch:
     ],
 )
 def test_each_kind_takes_a_step(kind: str, asked: Asked | None, expected: type) -> None:
-    module = build_module(_config(kind), tiny_tokenizer(), asked)
+    config = _config(kind)
+    module = build_module(config, tiny_tokenizer(), asked)
     assert type(module) is expected
-    objective = build_task_objective(module)
+    objective = _objective(config, module)
     batch = _batch([0], [1], [1], [0])
     if asked is not None and asked.pictures == 2:
         batch.images = torch.stack([batch.images, batch.images.flip(0)], dim=1)
@@ -95,6 +101,45 @@ def test_the_loss_of_written_answers_is_weighed_by_share() -> None:
     outputs = TaskOutputs(answer_losses=torch.tensor([3.0, 6.0, 9.0]))
     loss = AnswerObjective().loss(outputs, None, batch, 0).loss
     assert loss.item() == pytest.approx((3 + 2 / 3 * 6 + 1 / 3 * 9) / 2)
+
+
+def test_a_share_of_the_classes_targets_is_the_momentum_models() -> None:
+    batch = _batch([1], [0, 0, 1])
+    logits = torch.tensor([[0.3, 1.0, -1.0], [2.0, 0.0, 0.1]])
+    slow = torch.tensor([[1.0, 0.0, 0.5], [0.0, 3.0, 0.0]])
+    value = TaskObjective(0.4, 99).loss(TaskOutputs(logits), TaskOutputs(slow), batch, 49)
+    alpha = 0.2  # half of the way up
+    shares = torch.tensor([[0.0, 1.0, 0.0], [2 / 3, 1 / 3, 0.0]])
+    targets = (1 - alpha) * shares + alpha * slow.softmax(1)
+    expected = -(targets * logits.log_softmax(1)).sum(1).mean()
+    assert value.loss.item() == pytest.approx(expected.item())
+
+
+def test_a_share_of_each_written_word_is_the_momentum_models() -> None:
+    """Against a loop over answers and their words, at alpha 0.3."""
+    config = _config("vqa", task={"kind": "vqa", "decoder_layers": 1, "distillation": 0.3})
+    module = build_module(config, tiny_tokenizer(), Asked(answers=WORDS)).eval()
+    objective = _objective(config, module)
+    assert isinstance(module, Answerer)
+    batch = _batch([1], [0, 0, 2])
+    inputs = objective.inputs(batch)
+    with torch.no_grad():
+        fast, slow = module(*inputs), module(*inputs)
+    assert fast.word_logits is not None
+    torch.manual_seed(0)
+    slow = slow._replace(word_logits=torch.randn(fast.word_logits.shape))
+    weights = {(0, 1): 1.0, (1, 0): 2 / 3, (1, 2): 1 / 3}
+    expected, place = 0.0, 0
+    for (_, number), weight in weights.items():
+        words = [int(word) for word in module.answers[number][1:] if word != tiny_tokenizer().pad]
+        for word in words:
+            log = fast.word_logits[place].log_softmax(0)
+            soft = (slow.word_logits[place].softmax(0) * log).sum()
+            expected -= weight / 2 * float(0.7 * log[word] + 0.3 * soft)
+            place += 1
+    assert place == len(fast.word_logits)
+    loss = objective.loss(fast, slow, batch, 10**6).loss
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_no_labelled_text_in_a_batch_moves_nothing() -> None:
