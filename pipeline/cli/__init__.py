@@ -10,7 +10,18 @@ import sys
 import typer
 from rich.console import Console
 
-from pipeline.cli import checkpoints, data, doctor, jobs, runs
+from pipeline.cli import (
+    checkpoints,
+    compare,
+    data,
+    doctor,
+    embed,
+    export,
+    jobs,
+    report,
+    runs,
+    sweep,
+)
 from pipeline.cli.screen import plain
 from pipeline.errors import UserError
 
@@ -18,8 +29,13 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command()(runs.plan)
 app.command()(runs.train)
 app.command()(runs.finetune)
+app.command()(sweep.sweep)
 app.command()(runs.evaluate)
 app.command()(checkpoints.checkpoints)
+app.command()(compare.compare)
+app.command()(report.report)
+app.command()(export.export)
+app.command()(embed.embed)
 app.command()(jobs.submit)
 app.command()(jobs.jobs)
 app.command()(jobs.status)

@@ -84,7 +84,7 @@ def prepare_data(
     command goes on with a job that was stopped.
     """
     from pipeline.data.prepare.job import Options, prepare
-    from pipeline.data.prepare.on_ray import OnRay, PrepareFailed
+    from pipeline.data.prepare.on_ray import JobFailed, OnRay
 
     console: Console = context.obj
     options = Options(
@@ -97,7 +97,7 @@ def prepare_data(
     try:
         with Bar(console) as bar, OnRay() as run:
             outcome = prepare(source, out, options, run, bar)
-    except PrepareFailed as error:
+    except JobFailed as error:
         console.print(f"[bold red]failed[/] {plain(str(error))}")
         console.print("The same command goes on with what is missing.")
         sys.exit(1)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.schema import is_elsewhere
 from pipeline.errors import Problem, UserError
 
 LOG = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ def _get(values: Mapping[str, Any], place: str) -> Any:
 
 
 def _is_relative(path: str) -> bool:
-    return "://" not in path and not Path(path).is_absolute()
+    return not is_elsewhere(path) and not Path(path).is_absolute()
 
 
 def _is_sent(path: str, sizes: Mapping[str, int]) -> bool:

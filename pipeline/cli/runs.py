@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,20 +14,29 @@ from rich.table import Table
 from pipeline.cli.arguments import ConfigPath, JsonPath, Overrides, RunPath, write_json
 from pipeline.cli.screen import Screen, plain
 from pipeline.config.load import dump, load_config, parse_config
-from pipeline.config.schema import Config, resolve_path
+from pipeline.config.schema import Config
 from pipeline.errors import UserError
+from pipeline.evaluate.headline import headline
 
 if TYPE_CHECKING:
+    from pipeline.train.measure import Measured
     from pipeline.train.store import RunFolder, RunRecord
 
-TASKS = {
-    "vqa": "answers to questions",
-    "reasoning": "statements, true or false",
-    "entailment": "entailment",
-    "classification": "classification",
-    "assignment": "texts to pictures",
+TITLES = {
+    "zeroshot_classification": "zero-shot",
+    "zeroshot_retrieval": "retrieval",
+    "reranked_retrieval": "re-ranked",
+    "linear_probe": "linear probe",
 }
+LOG_WIDTH = 140  # of a table that no terminal bounds
 GOES_ON = "The same command goes on with this run."
+
+
+class Choice(StrEnum):
+    """What `gammaray evaluate` measures."""
+
+    CONFIG = "config"
+    ALL = "all"
 
 
 def plan(
@@ -76,7 +87,7 @@ def finetune(
 
 
 def _run(console: Console, run: Config, json: Path | None) -> None:
-    log_path = _log_path(run)
+    log_path = log_path_of(run)
     console.print(
         f"[bold]gammaray[/] {'trains' if run.task is None else 'fine-tunes'} '{run.name}'. "
         f"What Ray and DeepSpeed print: {log_path}",
@@ -112,7 +123,8 @@ def _run(console: Console, run: Config, json: Path | None) -> None:
     write_json(json, facts)
 
 
-def _log_path(config: Any) -> Path:
+def log_path_of(config: Any) -> Path:
+    """Where to send what Ray and DeepSpeed print from now on."""
     storage = config.cluster.storage
     root = Path(storage) if "://" not in storage else Path.home() / ".cache" / "gammaray"
     return root / "logs" / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}.log"
@@ -142,33 +154,12 @@ def _print_outcome(console: Console, outcome: Any) -> None:
         f"MLflow run {outcome.mlflow.run_id} in {uri}\n"
         "Next:\n"
         f"  look at it      {look}\n"
+        f"  read its report gammaray report {outcome.folder}\n"
         f"  evaluate again  gammaray evaluate {outcome.folder}\n"
         "  your own data   gammaray train CONFIG data.train=FOLDER data.val=FOLDER",
         markup=False,
         soft_wrap=True,
     )
-
-
-def headline(metrics: dict[str, float]) -> list[tuple[str, float, float]]:
-    """Give (label, value, chance) rows of the measures a person looks at first."""
-    rows = [
-        (label, metrics[f"{kind}/accuracy"], metrics[f"{kind}/chance"])
-        for kind, label in TASKS.items()
-        if f"{kind}/accuracy" in metrics
-    ]
-    for kind, label in (("zero_shot", "zero-shot accuracy"), ("linear_probe", "linear probe")):
-        for name, value in metrics.items():
-            if name.startswith(f"{kind}/") and name.endswith("/accuracy"):
-                _, column, *shots = name.removesuffix("/accuracy").split("/")
-                of = ", ".join([column, *(part.replace("_", " ") for part in shots)])
-                rows.append((f"{label}, {of}", value, metrics[f"{kind}/{column}/chance"]))
-    for kind, how in (("retrieval", ""), ("retrieval_reranked", ", re-ranked")):
-        for way, label in (("text_to_image", "text to image"), ("image_to_text", "image to text")):
-            value = metrics.get(f"{kind}/{way}_recall_at_1")
-            if value is not None:
-                chance = metrics[f"{kind}/{way}_chance_at_1"]
-                rows.append((f"{label} R@1 of {metrics['rows']:,.0f}{how}", value, chance))
-    return rows
 
 
 def evaluate(
@@ -178,41 +169,85 @@ def evaluate(
     checkpoint: Annotated[
         str | None, typer.Option(help="Name of a checkpoint in it; else the newest.")
     ] = None,
+    suite: Annotated[
+        Choice, typer.Option(help="What its config names, or all it can be measured by.")
+    ] = Choice.CONFIG,
     json: JsonPath = None,
 ) -> None:
-    """Measure a checkpoint; overrides change what it is measured on."""
+    """Measure a checkpoint; overrides change what it is measured on.
+
+    With --suite all also by few-shot probes, and all runs that were fine-tuned from it, each by its
+    task; for these, overrides of cluster and tracking count alone. What is found is kept: RUN/suite
+    has it in the form of CLIP_benchmark's output, MLflow the metrics, and right and wrong cases
+    with their pictures.
+    """
     from pipeline.config.load import override_values
-    from pipeline.train import driver
+    from pipeline.train import driver, measure
 
     console: Console = context.obj
     folder, record = find_run(run)
     config = parse_config(override_values(record.config, overrides or ()), run)
-    log_path = _log_path(config)
+    log_path = log_path_of(config)
     with Screen(console) as screen:
-        try:
-            metrics = driver.evaluate(folder, config, checkpoint, screen.show, log_path)
-        except driver.RunFailed as error:
-            screen.stop()
-            console.print(f"[bold red]failed[/] {plain(str(error))}")
-            console.print(f"Details: {log_path}", soft_wrap=True)
-            sys.exit(1)
+        if suite is Choice.ALL:
+            asked = measure.ask_all(folder, config, checkpoint, overrides or (), screen.warn)
+        else:
+            asked = [measure.ask(folder, config, checkpoint)]
+        measured = driver.evaluate(asked, screen.show, log_path)
+        files = []
+        if suite is Choice.ALL:
+            files = driver.keep_results(measured, screen.show, log_path)
+    if files:
+        _print_results(console, measured)
+        console.print(f"{len(files)} results: {folder.url}/{measure.SUITE}", soft_wrap=True)
+    elif measured[0].failure is None:
+        _print_metrics(console, run, measured[0].metrics)
+    facts = [record for each in measured for record in each.records]
+    write_json(json, {"run": run, "metrics": measured[0].metrics, "results": facts})
+    failures = [each for each in measured if each.failure is not None]
+    for each in failures:
+        console.print(f"[bold red]failed[/] {plain(f'{each.asked.name}: {each.failure}')}")
+    if failures:
+        console.print(f"Details: {log_path}", soft_wrap=True)
+        sys.exit(1)
+
+
+def _print_metrics(console: Console, run: str, metrics: dict[str, float]) -> None:
     table = Table(title=f"Evaluation of {run}", title_justify="left", show_edge=False)
     table.add_column("metric")
     table.add_column("value", justify="right")
     for label, value in metrics.items():
         table.add_row(label, f"{value:,.4f}")
     console.print(table)
-    write_json(json, {"run": run, "metrics": metrics})
+
+
+def _print_results(console: Console, measured: "Sequence[Measured]") -> None:
+    """One table of all runs and tasks."""
+    table = Table(show_edge=False)
+    for title in ("run", "task", "data", "metric"):
+        table.add_column(title)
+    for title in ("value", "spread", "chance"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for each in measured:
+        for result in each.results:
+            for line in result.lines:
+                table.add_row(
+                    plain(each.asked.name),
+                    TITLES.get(result.task, result.task),
+                    plain(result.dataset),
+                    plain(line.metric),
+                    f"{100 * line.value:.1f} %",
+                    "" if line.spread is None else f"± {100 * line.spread:.1f}",
+                    "" if line.chance is None else f"{100 * line.chance:.2f} %",
+                )
+    if not console.is_terminal:
+        console.width = LOG_WIDTH  # or else the cells would be cut as for a narrow terminal
+    console.print()
+    console.print(table)
 
 
 def find_run(run: str) -> "tuple[RunFolder, RunRecord]":
     """The folder and record of the run at STORAGE/NAME. Raises `UserError` where there is none."""
-    from pipeline.train.store import RunFolder
+    from pipeline.train.store import open_run
 
-    # Workers run in other folders.
-    storage, _, name = resolve_path(run.rstrip("/"), Path.cwd()).rpartition("/")
-    folder = RunFolder.of(storage, name)
-    record = folder.read_record()
-    if record is None:
-        raise UserError(f"{run}: no run there; give the folder of a run, such as runs/demo")
-    return folder, record
+    return open_run(run)

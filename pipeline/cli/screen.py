@@ -85,6 +85,10 @@ class Screen:
         """Show one event of the driver."""
         self._handlers[event["kind"]](event)
 
+    def warn(self, text: str) -> None:
+        """Show a sentence that is to be heeded."""
+        self._say(f"warning: {text}")
+
     def _say(self, text: str) -> None:
         self._console.print(plain(text), soft_wrap=True)
 
@@ -172,7 +176,7 @@ class Screen:
         self._describe("starting anew" if goes_on else "stopping")
 
     def _on_warning(self, event: Event) -> None:
-        self._say(f"warning: {event['text']}")
+        self.warn(event["text"])
 
     def _on_evaluating(self, event: Event) -> None:
         self._describe("evaluating")
@@ -189,14 +193,19 @@ class Screen:
 
 
 class Bar:
-    """Work of several kinds, one after the other: a bar on a terminal, lines elsewhere."""
+    """Work of several kinds, one after the other: a bar on a terminal, lines elsewhere.
 
-    def __init__(self, console: Console):
+    With a `unit` it also says how many of them are done in a second.
+    """
+
+    def __init__(self, console: Console, unit: str = ""):
         self._console = console
+        self._unit = unit
+        self._began = (0.0, 0)  # when, and what was done by then
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.percentage:>3.0f}%{task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -224,10 +233,22 @@ class Bar:
         """Show that `done` of `total` is done."""
         if what != self._what:
             self._what, self._next_line = what, 0.0
+            self._began = (time.monotonic(), done)
             if self._task is not None:
                 self._progress.remove_task(self._task)
-            self._task = self._progress.add_task(what, total=max(1, total))
-        self._progress.update(self._task, completed=done)
+            self._task = self._progress.add_task(what, total=max(1, total), rate="")
+        rate, left = self._pace(done, total)
+        self._progress.update(self._task, completed=done, rate=rate)
         if not self._console.is_terminal and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + 10
-            self.say(f"{what} {100 * done / max(1, total):.0f}%")
+            self.say(f"{what} {100 * done / max(1, total):.0f}%{rate}{left}")
+
+    def _pace(self, done: int, total: int) -> tuple[str, str]:
+        """How fast it goes, and how long that will take; nothing before something was done."""
+        began, before = self._began
+        if not self._unit or done == before:
+            return "", ""
+        rate = (done - before) / max(time.monotonic() - began, 1e-9)
+        left = round((total - done) / rate)
+        shown = f"{left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d}"
+        return f"  {rate:,.0f} {self._unit}/s", f"  ETA {shown}"

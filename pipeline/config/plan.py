@@ -268,6 +268,12 @@ def _model_contradictions(config: Config) -> list[Problem]:
         "evaluate.retrieval=true, or leave it out",
     )
     check(
+        model.activation != "quick_gelu",
+        "model.activation",
+        f"is {model.activation}, which is of two_tower; a ViT and a BERT have their own: leave it "
+        "out",
+    )
+    check(
         model.pretrained is not None,
         "model.pretrained",
         "is a CLIP model, which has no fusion encoder: give a ViT as model.image.pretrained and a "

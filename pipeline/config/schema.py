@@ -21,6 +21,8 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
+HUB = "hf-hub:"  # how the name of a model on Hugging Face's hub begins, as in OpenCLIP
+
 
 class Section(BaseModel):
     """Base of every section: frozen, no unknown keys, no silent conversion of strings."""
@@ -140,8 +142,14 @@ class DataConfig(Section):
         default=ViewConfig(),
         description="The augmented view of a row, made when a term of structure needs it.",
     )
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    image_mean: tuple[float, float, float] = Field(
+        default=(0.48145466, 0.4578275, 0.40821073),
+        description="Subtracted from red, green and blue, which are from 0 to 1; CLIP's.",
+    )
+    image_std: tuple[float, float, float] = Field(
+        default=(0.26862954, 0.26130258, 0.27577711),
+        description="What they are divided by then; CLIP's.",
+    )
     background: tuple[int, int, int] = Field(
         default=(255, 255, 255), description="RGB under transparent pixels, 0-255."
     )
@@ -178,9 +186,9 @@ class ImageTower(Section):
     )
     size: PositiveInt = Field(default=224, description="Input side in pixels.")
     patch: PositiveInt = Field(default=32, description="Patch side in pixels; must divide size.")
-    width: PositiveInt = 768
-    layers: PositiveInt = 12
-    heads: PositiveInt = 12
+    width: PositiveInt = Field(default=768, description="Width of a layer; a multiple of heads.")
+    layers: PositiveInt = Field(default=12, description="Layers of the transformer.")
+    heads: PositiveInt = Field(default=12, description="Attention heads of a layer.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -201,9 +209,9 @@ class TextTower(Section):
     context_length: Annotated[int, Field(ge=3)] = Field(
         default=77, description="Tokens a caption is cut to, start and end included."
     )
-    width: PositiveInt = 512
-    layers: PositiveInt = 12
-    heads: PositiveInt = 8
+    width: PositiveInt = Field(default=512, description="Width of a layer; a multiple of heads.")
+    layers: PositiveInt = Field(default=12, description="Layers of the transformer.")
+    heads: PositiveInt = Field(default=8, description="Attention heads of a layer.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -219,7 +227,7 @@ def _check_heads(width: int, heads: int) -> None:
 class FusionEncoder(Section):
     """The encoder that reads a text while it looks at an image; width and heads as of the text."""
 
-    layers: PositiveInt = 6
+    layers: PositiveInt = Field(default=6, description="Layers of the fusion encoder.")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.1, description="Of the text and the fusion encoder, in training; BERT's."
     )
@@ -236,14 +244,22 @@ class ModelConfig(Section):
     init: str | None = Field(
         default=None,
         description="Folder or URL of a run, such as runs/demo: this one starts from its newest "
-        "checkpoint's weights and its tokenizer; a task's heads are new.",
+        "checkpoint's weights and its tokenizer; a task's heads are new. Of two_tower also a CLIP "
+        "model of these sizes from elsewhere, in the form of transformers or OpenCLIP: a folder, "
+        "or hf-hub:ORG/NAME.",
     )
     pretrained: str | None = Field(
         default=None,
         description="Of two_tower: folder or hub id of a CLIP model; its sizes replace those given "
         "here.",
     )
-    embed_dim: PositiveInt = 512
+    embed_dim: PositiveInt = Field(
+        default=512, description="Dimensions of the embeddings that both modalities share."
+    )
+    activation: Literal["quick_gelu", "gelu"] = Field(
+        default="quick_gelu",
+        description="Of two_tower: OpenAI's CLIP has quick_gelu, most of OpenCLIP's have gelu.",
+    )
     image: ImageTower = ImageTower()
     text: TextTower = TextTower()
     fusion: FusionEncoder = FusionEncoder()
@@ -268,7 +284,7 @@ LossKind = Literal[
 
 
 class LossConfig(Section):
-    """The contrastive loss; LOSS names as in pipeline/losses."""
+    """The contrastive loss."""
 
     kind: LossKind = Field(
         default="gamma",
@@ -508,23 +524,41 @@ class OptimConfig(Section):
     prior_lr: PositiveFloat = Field(
         default=2e-3, description="Peak learning rate of the amortized prior."
     )
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: PositiveFloat = 1e-6
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.98),
+        description="AdamW's decay per step of the averages of gradient and squared gradient.",
+    )
+    eps: PositiveFloat = Field(
+        default=1e-6,
+        description="AdamW's, added to the root of the squared gradient's average; the prior has "
+        "one of its own.",
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.2, description="On matrices only: not on norms, biases and the logit scale."
     )
     warmup_samples: NonNegativeInt = Field(
         default=0, description="Samples over which the rate rises linearly from zero."
     )
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant"] = Field(
+        default="cosine",
+        description="The rate after the warm-up: falls along a half cosine to zero at the run's "
+        "end, or stays.",
+    )
     grad_clip: PositiveFloat = Field(default=1.0, description="Largest global gradient norm.")
 
 
 class EngineConfig(Section):
     """How DeepSpeed holds parameters, gradients and optimiser state."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["fp32", "bf16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=1,
+        description="What is split over the workers: nothing (0), optimiser state (1), gradients "
+        "too (2), parameters too (3).",
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="bf16",
+        description="Of weights and activations; in bf16 the optimiser keeps an fp32 copy.",
+    )
     micro_batch: PositiveInt | Literal["auto"] = Field(
         default="auto",
         description="Pairs per worker in one forward; auto: global_batch / workers in one go. "
@@ -542,7 +576,10 @@ class TrainConfig(Section):
         default=None, description="Length of the run in pairs seen."
     )
     epochs: PositiveFloat | None = Field(default=None, description="Length of the run in epochs.")
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = Field(
+        default=0,
+        description="Of first weights, order of rows, augmentation, and what a step draws.",
+    )
     checkpoint_every: PositiveInt = Field(
         default=500, description="Optimiser steps between checkpoints."
     )
@@ -606,13 +643,17 @@ class EvaluateConfig(Section):
         default=10_000, description="Rows of data.val used, from the start."
     )
     batch: PositiveInt = Field(default=128, description="Rows per worker in one forward.")
-    retrieval: bool = True
+    retrieval: bool = Field(
+        default=True, description="Recall at 1, 5 and 10, image to text and text to image."
+    )
     rerank: PositiveInt | None = Field(
         default=None,
         description="Of a fusion model: so many of a query's best by contrast are ordered anew by "
         "the matching head, as retrieval_reranked; none: not.",
     )
-    zero_shot: tuple[ZeroShotTask, ...] = ()
+    zero_shot: tuple[ZeroShotTask, ...] = Field(
+        default=(), description="Zero-shot classifications, each of a label column."
+    )
     linear_probe: tuple[LinearProbeTask, ...] = Field(
         default=(), description="At the end of the run, and by `gammaray evaluate`."
     )
@@ -630,7 +671,7 @@ class TrackingConfig(Section):
         default="embedded",
         description="embedded (sqlite beside the runs; one node), or a server's URI.",
     )
-    experiment: str = "gammaray"
+    experiment: str = Field(default="gammaray", description="The MLflow experiment of the run.")
     system_metrics_seconds: PositiveInt = Field(
         default=10, description="Seconds between system metrics."
     )
@@ -664,7 +705,9 @@ class ClusterConfig(Section):
         "cluster.",
     )
     cpus_per_worker: PositiveFloat = Field(default=1.0, description="CPUs reserved for one worker.")
-    gpus_per_worker: Literal[0, 1] = 0
+    gpus_per_worker: Literal[0, 1] = Field(
+        default=0, description="GPUs of one worker; 0: it trains on CPUs."
+    )
     ingest_cpus: PositiveInt = Field(
         default=1, description="CPUs that must be left beside the workers for reading and decoding."
     )
@@ -736,8 +779,13 @@ def flatten(config: Config) -> dict[str, str | int | float | bool]:
     return flat
 
 
+def is_elsewhere(path: str) -> bool:
+    """Whether a path is a URL or names a model on the hub."""
+    return "://" in path or path.startswith(HUB)
+
+
 def resolve_path(path: str, base: Path) -> str:
-    """Make a local relative `path` absolute under `base`; leave URLs and absolute paths alone."""
-    if "://" in path or Path(path).is_absolute():
+    """Make a local relative `path` absolute under `base`; leave the others alone."""
+    if is_elsewhere(path) or Path(path).is_absolute():
         return path
     return str((base / path).resolve())

@@ -116,7 +116,7 @@ def train_batches(
             yield from order.pieces(cursor, world_size, rank, range(epoch, epoch + 1))
 
     blocks = decoded_blocks(catalog, order, recipe, pieces(), world_size, ingest_cpus)
-    return _ahead(_rebatch(_guard_empty(blocks, order.num_rows), catalog, recipe, batch_size))
+    return ahead(_rebatch(_guard_empty(blocks, order.num_rows), catalog, recipe, batch_size))
 
 
 def eval_batches(
@@ -290,7 +290,7 @@ def _rebatch(
         yield filling.finish()
 
 
-def _ahead(items: Generator[T], depth: int = 2) -> Iterator[T]:
+def ahead(items: Generator[T], depth: int = 2) -> Generator[T]:
     """Run `items` in a thread, `depth` ahead of the consumer; an error in it is raised here.
 
     When the consumer stops, `items` is closed in that thread, and Ray's execution with it.

@@ -119,12 +119,12 @@ class Inspection:
         }
 
 
-def inspect(catalog: Catalog) -> Inspection:
-    """Read and decode about `SAMPLE` rows, from row groups spread over all shards."""
+def inspect(catalog: Catalog, *, rows: int = SAMPLE, groups: int = SAMPLED_GROUPS) -> Inspection:
+    """Read and decode about so many rows, from row groups spread over all shards."""
     found = Inspection(catalog=catalog)
     rng = np.random.default_rng(0)
-    for path, group, table, rows in _sampled(catalog, rng):
-        for index in rows:
+    for path, group, table, chosen in _sampled(catalog, rng, rows, groups):
+        for index in chosen:
             row = {name: table.column(name)[int(index)].as_py() for name in table.column_names}
             reason = _look(found, row)
             found.rows_read += 1
@@ -136,21 +136,22 @@ def inspect(catalog: Catalog) -> Inspection:
 
 
 def _sampled(
-    catalog: Catalog, rng: np.random.Generator
+    catalog: Catalog, rng: np.random.Generator, most_rows: int, most_groups: int
 ) -> Iterator[tuple[str, int, pa.Table, NDArray[np.int64]]]:
-    filesystem, _ = open_filesystem(catalog.root)
     groups = [
-        (shard.path, group)
+        (shard, group)
         for shard in catalog.shards
         for group, rows in enumerate(shard.row_groups)
         if rows
     ]
-    spread = np.linspace(0, len(groups) - 1, min(SAMPLED_GROUPS, len(groups)))
+    spread = np.linspace(0, len(groups) - 1, min(most_groups, len(groups)))
     chosen = [groups[int(index)] for index in spread.round()]
-    for path, group in chosen:
-        table = read_rows(filesystem, path, group, catalog.sources[0].columns)
-        most = min(table.num_rows, -(-SAMPLE // len(chosen)))
-        yield path, group, table, np.sort(rng.permutation(table.num_rows)[:most])
+    for shard, group in chosen:
+        source = catalog.sources[shard.source]
+        filesystem, _ = open_filesystem(source.root)
+        table = read_rows(filesystem, shard.path, group, source.columns)
+        most = min(table.num_rows, -(-most_rows // len(chosen)))
+        yield shard.path, group, table, np.sort(rng.permutation(table.num_rows)[:most])
 
 
 def _look(found: Inspection, row: dict[str, Any]) -> str | None:

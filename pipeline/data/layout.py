@@ -61,6 +61,8 @@ class Shard:
 class Columns:
     """The resolved columns. `split` keeps rows whose column `split` holds one of the values.
 
+    `image` or `caption` is empty where either is enough and the data hold no such column.
+
     `status` is there when the column is: it tells failed downloads from images that were null.
     Of a task `caption` is what is asked or said, `answer` what is true of it; a list of images then
     is two `pictures` of one row, and not several of which one is drawn.
@@ -147,11 +149,13 @@ class Catalog:
         weight = "" if source.weight == 1 else f", each seen {source.weight:g} times an epoch"
         columns = source.columns
         answer = f", answer column '{columns.answer}'" if columns.answer else ""
+        image = f"image column '{columns.image}'" if columns.image else "no image column"
+        kind = "text" if answer else "caption"
+        caption = f"{kind} column '{columns.caption}'" if columns.caption else "no caption column"
         return (
             f"{self.rows_of(number):,} rows{kept} in {len(shards)} Parquet shard(s) at "
-            f"{source.root} ({sum(shard.size for shard in shards) / 1e6:,.1f} MB); image column "
-            f"'{columns.image}', {'text' if answer else 'caption'} column "
-            f"'{columns.caption}'{answer}{weight}"
+            f"{source.root} ({sum(shard.size for shard in shards) / 1e6:,.1f} MB); {image}, "
+            f"{caption}{answer}{weight}"
         )
 
 
@@ -182,18 +186,19 @@ def read_catalog(
     labels: Sequence[str] = (),
     split: str = "auto",
     answer: str | None = None,
+    either: bool = False,
 ) -> Catalog:
     """List the Parquet shards at `path` and resolve their columns; `answer` only of a task.
 
     `place` (the config path, e.g. data.train) opens every error. `labels` are further columns that
     must be there. `split` keeps rows by a column `split`: auto (if there is one, those that fit the
-    place), all, or a value. Raises `UserError` for a missing path, no Parquet, unreadable files, or
-    columns that cannot be resolved.
+    place), all, or a value. With `either` images alone, or captions alone, will do. Raises
+    `UserError` for a missing path, no Parquet, unreadable files, columns that cannot be resolved.
     """
     filesystem, paths = _find(path, place)
     with ThreadPoolExecutor(16) as pool:
         footers = list(pool.map(lambda item: _footer(filesystem, item, place), paths))
-        columns = resolve_columns(footers[0][1], paths[0], place, image, caption, answer)
+        columns = resolve_columns(footers[0][1], paths[0], place, image, caption, answer, either)
         for (_, schema), item in zip(footers, paths, strict=True):
             _check_columns(schema, item, place, columns, labels)
         shards = [shard for shard, _ in footers]
@@ -219,7 +224,7 @@ def read_catalog(
                     for shard, groups in zip(shards, found, strict=True)
                 ]
     columns = replace(columns, status=all(_with_text(schemas, STATUS_NAME)))
-    if _is_text(schemas[0].field(columns.image).type):
+    if columns.image and _is_text(schemas[0].field(columns.image).type):
         source = Source(root=path, columns=columns, schema=schemas[0])
         _check_image_file(filesystem, source, shards[0])
     source = Source(root=path, columns=columns, schema=schemas[0])
@@ -288,7 +293,8 @@ def _check_columns(
     }
     answers = () if columns.answer is None else (columns.answer,)
     wanted |= dict.fromkeys(answers, _holds_answer)
-    for name in (columns.image, columns.caption, *answers, *labels):
+    pair = [name for name in (columns.image, columns.caption) if name]
+    for name in (*pair, *answers, *labels):
         count = schema.names.count(name)
         if count != 1:
             raise UserError(
@@ -376,8 +382,17 @@ def resolve_columns(
     image: str = "auto",
     caption: str = "auto",
     answer: str | None = None,
+    either: bool = False,
 ) -> Columns:
     """Choose the columns of `schema`; given names win over the known ones."""
+    if either:
+        has_image = image != "auto" or _known(schema, "image", IMAGE_NAMES) is not None
+        has_caption = caption != "auto" or _known(schema, "caption", CAPTION_NAMES) is not None
+        if has_image != has_caption:
+            given, names = (image, IMAGE_NAMES) if has_image else (caption, CAPTION_NAMES)
+            role = "image" if has_image else "caption"
+            found = _resolve(schema, path, place, role, given, names)
+            return Columns(image=found if has_image else "", caption="" if has_image else found)
     if answer is None:
         return Columns(
             image=_resolve(schema, path, place, "image", image, IMAGE_NAMES),
@@ -397,11 +412,7 @@ def resolve_columns(
 def _resolve(
     schema: pa.Schema, path: str, place: str, role: str, given: str, known: tuple[str, ...]
 ) -> str:
-    fits, wanted = {
-        "image": (_holds_image, "binary, struct<bytes, path> or a list of them"),
-        "caption": (_holds_caption, "string or list<string>"),
-        "answer": (_holds_answer, "string, number, or a list of them"),
-    }[role]
+    fits, wanted = ROLES[role]
     listing = ", ".join(f"{field.name}: {field.type}" for field in schema)
     setting = "task.answer_column" if role == "answer" else f"data.{role}_column"
     if given != "auto":
@@ -414,9 +425,8 @@ def _resolve(
                 f"it must be {wanted}" + (", or the path of a file" if role == "image" else "")
             )
         return given
-    for name in known:
-        if schema.names.count(name) == 1 and fits(schema.field(name).type):
-            return name
+    if (name := _known(schema, role, known)) is not None:
+        return name
     urls = [name for name in URL_NAMES if name in schema.names]
     if role == "image" and _lies_by_tars(path):
         raise UserError(
@@ -433,6 +443,14 @@ def _resolve(
         f"{place}: no {role} column in {path}; its columns are {listing}. Looked for {list(known)} "
         f"of type {wanted}; name yours with {setting}=..."
     )
+
+
+def _known(schema: pa.Schema, role: str, known: tuple[str, ...]) -> str | None:
+    fits, _ = ROLES[role]
+    for name in known:
+        if schema.names.count(name) == 1 and fits(schema.field(name).type):
+            return name
+    return None
 
 
 def _lies_by_tars(path: str) -> bool:
@@ -460,6 +478,13 @@ def _holds_answer(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):  # VQA's own annotations
         return any(kind.field(i).name == "answer" for i in range(kind.num_fields))
     return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+
+
+ROLES = {  # of a column: which types fit, in code and in words
+    "image": (_holds_image, "binary, struct<bytes, path> or a list of them"),
+    "caption": (_holds_caption, "string or list<string>"),
+    "answer": (_holds_answer, "string, number, or a list of them"),
+}
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -87,7 +87,7 @@ class Visit:
         return self.kept[1] - self.kept[0]
 
     def chosen(self, seed: int) -> NDArray[np.int64]:
-        """The rows of the group that are visited, ascending."""
+        """The rows of the group that are visited, by their numbers in it, ascending; [rows]."""
         if self.rows == self.group.rows:
             return np.arange(self.group.rows)
         rng = np.random.default_rng([seed, self.turn, self.group.shard, self.group.index])
@@ -266,7 +266,7 @@ def share(intervals: Iterable[Interval], world_size: int, rank: int) -> tuple[In
 
 
 def as_intervals(positions: NDArray[np.int64]) -> tuple[Interval, ...]:
-    """Give the intervals that cover exactly `positions` (any order, no repeats)."""
+    """Give the intervals [start, end) that cover exactly `positions` (any order, no repeats)."""
     if positions.size == 0:
         return ()
     ordered = np.sort(positions)

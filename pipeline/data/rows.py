@@ -46,10 +46,10 @@ def read_rows(
 
     Columns: `row` (its number in the row group), `image` (list of encoded images, of which one is
     to be drawn), `caption` (list, likewise), `absence` (why there is no image, where the file says
-    so), `label/NAME`; of a task `answer`, as the file has it. Raises RuntimeError that names file
-    and row group when it cannot be read.
+    so), `label/NAME`; of a task `answer`, as the file has it. Those of a column that `columns` does
+    not name are missing. Raises RuntimeError that names file and row group when it cannot be read.
     """
-    names = [columns.image, columns.caption, *labels]
+    names = [name for name in (columns.image, columns.caption) if name] + [*labels]
     names += [SPLIT_NAME] * bool(columns.split) + [STATUS_NAME] * columns.status
     names += [] if columns.answer is None else [columns.answer]
 
@@ -68,13 +68,11 @@ def read_rows(
         kept = pc.is_in(table.column(SPLIT_NAME).cast(pa.string()), pa.array(columns.split))  # pyright: ignore[reportAttributeAccessIssue]
         table = table.filter(kept)
         rows = rows[kept.to_numpy(zero_copy_only=False).astype(bool)]
-    images, absence = _images(filesystem, path, table, columns)
-    result = {
-        "row": pa.array(rows),
-        "image": images,
-        "caption": _captions(table.column(columns.caption)),
-        "absence": absence,
-    }
+    result: dict[str, pa.Array | pa.ChunkedArray] = {"row": pa.array(rows)}
+    if columns.image:
+        result["image"], result["absence"] = _images(filesystem, path, table, columns)
+    if columns.caption:
+        result["caption"] = _captions(table.column(columns.caption))
     if columns.answer is not None:
         result["answer"] = table.column(columns.answer)
     for label in labels:

@@ -64,7 +64,7 @@ def decoded_blocks(
 ) -> Iterator[dict[str, Any]]:
     """Run Ray Data over `pieces`, a bounded number at a time; give decoded blocks in order.
 
-    Of a read that failed: `RuntimeError` with the task's own words.
+    Raises RuntimeError of a read that failed, with the task's own words.
     """
     keep_freed_memory()
     context = ray.data.DataContext.get_current()

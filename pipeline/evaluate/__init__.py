@@ -1,1 +1,1 @@
-"""Retrieval and zero-shot classification; evaluators yield (name, value) pairs."""
+"""Retrieval, zero-shot classification, probes and tasks: metrics, results, cases to look at."""

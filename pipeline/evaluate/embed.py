@@ -10,12 +10,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.data.batches import Batch
 from pipeline.errors import RunStop
 
 Kind = Literal["shared", "independent", "both"]
+PICTURE_SIDE = 96  # at most, of a picture that is kept to be shown
 
 
 class Parts(NamedTuple):
@@ -67,12 +69,26 @@ class Unfused:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Seen:
+    """What a person can be shown: small pictures of this rank's images, tokens of all captions.
+
+    `pictures` has [side, side, 3] uint8 of each image from number `first` on, `tokens` are
+    [M, length] int32, the same on every rank.
+    """
+
+    pictures: list[Tensor]
+    first: int
+    tokens: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Embedded:
     """All evaluation rows: image [N, d], text [M, d] unit-norm fp32 on the CPU.
 
     Caption m belongs to image `owners[m]`. The independent parts have the same rows, where there
     are any. `labels` has N entries per column, "" for none. `bad_rows` were dropped,
-    `cut_captions` cut to the context length. `unfused` is there if it was to be kept.
+    `cut_captions` cut to the context length. `unfused` and `seen` are there if they were to be
+    kept.
     """
 
     image: Tensor
@@ -84,6 +100,7 @@ class Embedded:
     bad_rows: int
     cut_captions: int
     unfused: Unfused | None
+    seen: Seen | None = None
 
     def chosen(self, kind: Kind) -> tuple[Tensor, Tensor]:
         """Image and text embeddings of a kind."""
@@ -108,7 +125,7 @@ class Embedded:
 class _Found:
     """What this rank has embedded: rows of each part, the owners of `text`, the rest as it came.
 
-    All of it goes to every rank; `tokens` are kept if images' states are.
+    All of it goes to every rank; `tokens` are kept if images' states or pictures are.
     """
 
     parts: dict[str, list[Tensor]]
@@ -152,15 +169,17 @@ def embed_rows(
     device: torch.device,
     *,
     keeps_states: bool = False,
+    keeps_pictures: bool = False,
 ) -> Embedded:
     """Run `forward` over this rank's batches and gather all ranks' results in rank order.
 
     Ranks call `forward` equally often, with `blank` (images, tokens of a batch) where one has
     fewer rows: under ZeRO-3 a forward is a collective. With `keeps_states` what a matching head
-    needs is kept: see `Unfused`.
+    needs is kept, see `Unfused`; with `keeps_pictures` what a person can be shown, see `Seen`.
     """
     found = _Found(parts={}, owners=[], labels={})
     states = _States() if keeps_states else None
+    pictures: list[Tensor] | None = [] if keeps_pictures else None
     more: list[tuple[int, Tensor]] = []
     while True:
         batch = next(batches, None)
@@ -173,6 +192,8 @@ def embed_rows(
         if batch is None:
             continue
         found.add(parts, batch.rows)
+        if pictures is not None:
+            pictures.extend(_small(batch.images[: batch.rows]))
         # Cloned: a view would carry its whole batch to the other ranks.
         found.tokens.extend(row.clone() for row in batch.tokens[: batch.rows])
         found.owners.extend(range(found.rows, found.rows + batch.rows))
@@ -187,9 +208,16 @@ def embed_rows(
         found.add(parts, rows)
     found.owners.extend(owner for owner, _ in more)
     found.tokens.extend(tokens for _, tokens in more)
-    if states is None:
+    if states is None and pictures is None:
         found.tokens = []
-    return _gather(found, states)
+    return _gather(found, states, pictures)
+
+
+def _small(images: Tensor) -> Tensor:
+    """Pictures [b, side, side, 3] uint8, shrunk to what a gallery shows."""
+    side = min(images.shape[1], PICTURE_SIDE)
+    shrunk = F.interpolate(images.permute(0, 3, 1, 2).float(), size=(side, side), mode="area")
+    return shrunk.round().byte().permute(0, 2, 3, 1).contiguous()
 
 
 def _embed_more(
@@ -206,7 +234,7 @@ def _embed_more(
             yield parts, len(chunk)
 
 
-def _gather(found: _Found, states: _States | None) -> Embedded:
+def _gather(found: _Found, states: _States | None, pictures: list[Tensor] | None) -> Embedded:
     ranks = gathered(found)
     full = [rank for rank in ranks if rank.rows]
     if not full:
@@ -232,18 +260,29 @@ def _gather(found: _Found, states: _States | None) -> Embedded:
         bad_rows=sum(rank.bad for rank in ranks),
         cut_captions=sum(rank.cut for rank in ranks),
         unfused=None if states is None else _unfused(ranks, states),
+        seen=None if pictures is None else _seen(ranks, pictures),
     )
 
 
 def _unfused(ranks: list[_Found], states: _States) -> Unfused:
-    rank = dist.get_rank() if dist.is_initialized() else 0
     assert states.blank is not None, "some rank has rows, so each has called forward"
     return Unfused(
-        states=states.found,
-        first=sum(before.rows for before in ranks[:rank]),
-        blank=states.blank,
-        tokens=torch.stack([row for each in ranks for row in each.tokens]),
+        states=states.found, first=_first(ranks), blank=states.blank, tokens=_tokens(ranks)
     )
+
+
+def _seen(ranks: list[_Found], pictures: list[Tensor]) -> Seen:
+    return Seen(pictures=pictures, first=_first(ranks), tokens=_tokens(ranks))
+
+
+def _first(ranks: list[_Found]) -> int:
+    """The number of this rank's first image."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return sum(before.rows for before in ranks[:rank])
+
+
+def _tokens(ranks: list[_Found]) -> Tensor:
+    return torch.stack([row for each in ranks for row in each.tokens])
 
 
 def gathered(value: Any) -> list[Any]:

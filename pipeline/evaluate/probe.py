@@ -17,6 +17,7 @@ from pipeline.errors import RunStop
 PENALTIES = tuple(10.0**power for power in range(-6, 2))  # of the squared weights
 HELD_BACK = 5  # one row in so many of the training rows chooses the penalty
 DRAWS = 3  # of the rows of a few-shot probe
+SHOTS = (5, 20, 50)  # rows a class of the usual few-shot probes
 MOST_STEPS = 200  # of L-BFGS
 
 
@@ -29,8 +30,9 @@ def linear_probe(
 ) -> float:
     """Give the test accuracy of logistic regression on `train`, rows without a label left out.
 
-    The L2 penalty is chosen on a fifth of the training rows, drawn by `seed`, and the classifier
-    then fitted to all, as ELEVATER does; features are scaled to unit variance by training's.
+    The L2 penalty is chosen on a fifth of each class's training rows, drawn by `seed`, and the
+    classifier then fitted to all, as ELEVATER does; features are scaled to unit variance by
+    training's.
     A label that training has not is always wrong. O(rows dim classes) a step. Raises `RunStop` when
     there is too little to fit or to test.
     """
@@ -49,8 +51,7 @@ def linear_probe(
     x, others = (x - mean) / spread, (others - mean) / spread
     y = torch.tensor([number[train_labels[row]] for row in train_rows])
     truth = torch.tensor([number.get(test_labels[row], -1) for row in test_rows])
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    held, kept = order[: len(x) // HELD_BACK], order[len(x) // HELD_BACK :]
+    held, kept = _split(y, seed)
     best = max(
         PENALTIES,
         key=lambda penalty: _accuracy(
@@ -58,6 +59,21 @@ def linear_probe(
         ),
     )
     return _accuracy(_fit(x, y, len(classes), best), others, truth)
+
+
+def _split(y: Int[Tensor, " rows"], seed: int) -> tuple[Int[Tensor, " held"], Int[Tensor, " kept"]]:
+    """Rows to choose by, a fifth of each class but one at least, and the others, in random order.
+
+    A class of one row has none to spare; where all are so, the rows to choose by are all rows.
+    """
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    is_held = torch.zeros(len(y), dtype=torch.bool)
+    for label in y.unique():
+        mine = order[y[order] == label]
+        spare = max(1, len(mine) // HELD_BACK) if len(mine) > 1 else 0
+        is_held[mine[:spare]] = True
+    held, kept = order[is_held[order]], order[~is_held[order]]
+    return (held if len(held) else kept), kept
 
 
 def few_shot(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.errors import RunStop
 from pipeline.evaluate.embed import Embedded, Unfused, gathered, max_rank
-from pipeline.evaluate.retrieval import LAST_BITS, Ranks, query_blocks
+from pipeline.evaluate.retrieval import Ranks, nearest
 
 # match(states of images [pairs, patches, width], tokens [pairs, length]): scores [pairs].
 Match = Callable[[Tensor, Tensor], Tensor]
@@ -42,9 +42,9 @@ def rerank(
     # Each rank chooses for its own queries, and all take what it chose: products on different
     # machines may differ in their last bits.
     of_texts = torch.cat(
-        gathered(_nearest(rows.text[is_own], owners[is_own], rows.image, images, k))
+        gathered(nearest(rows.text[is_own], owners[is_own], rows.image, images, k))
     )
-    of_images = torch.cat(gathered(_nearest(rows.image[own], images[own], rows.text, owners, k)))
+    of_images = torch.cat(gathered(nearest(rows.image[own], images[own], rows.text, owners, k)))
     # A pair's number: sorted, those of an image are together, and those of a rank.
     by_text = of_texts * len(texts) + texts[:, None]
     by_image = images[:, None] * len(texts) + of_images
@@ -64,23 +64,6 @@ def rerank(
             before[1],
         ),
     )
-
-
-def _nearest(
-    queries: Float[Tensor, "queries dim"],
-    owners: Int[Tensor, " queries"],
-    others: Float[Tensor, "others dim"],
-    other_owners: Int[Tensor, " others"],
-    k: int,
-) -> Int[Tensor, "queries k"]:
-    """The k best of others for each query; its own, those of the same owner, last among equals."""
-    k = min(k, len(others))
-    found = [torch.empty(0, k, dtype=torch.long)]
-    for block in query_blocks(len(queries)):
-        scores = queries[block] @ others.T
-        scores -= LAST_BITS * (owners[block, None] == other_owners[None])
-        found.append(scores.topk(k).indices)
-    return torch.cat(found)
 
 
 def _score(

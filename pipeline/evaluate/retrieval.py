@@ -68,6 +68,23 @@ def rank_by_contrast(
     return Ranks(text_ranks, image_ranks)
 
 
+def nearest(
+    queries: Float[Tensor, "queries dim"],
+    owners: Int[Tensor, " queries"],
+    others: Float[Tensor, "others dim"],
+    other_owners: Int[Tensor, " others"],
+    k: int,
+) -> Int[Tensor, "queries k"]:
+    """Give the k best of others for each query; its own, of the same owner, last among equals."""
+    k = min(k, len(others))
+    found = [torch.empty(0, k, dtype=torch.long)]
+    for block in query_blocks(len(queries)):
+        scores = queries[block] @ others.T
+        scores -= LAST_BITS * (owners[block, None] == other_owners[None])
+        found.append(scores.topk(k).indices)
+    return torch.cat(found)
+
+
 def query_blocks(count: int) -> list[slice]:
     """Rows of queries whose scores with everything are held at once."""
     return [slice(start, start + QUERY_BLOCK) for start in range(0, count, QUERY_BLOCK)]

@@ -14,12 +14,20 @@ from pipeline.data.batches import Batch, eval_batches
 from pipeline.data.decode import Asked, Recipe, View
 from pipeline.data.layout import Catalog
 from pipeline.data.text import Tokenizer
-from pipeline.evaluate.embed import Embedded, Forward, Parts, embed_rows
+from pipeline.errors import RunStop
+from pipeline.evaluate.embed import Embedded, Forward, Parts, embed_rows, gathered
+from pipeline.evaluate.gallery import (
+    ShownAnswer,
+    ShownCaptions,
+    ShownImages,
+    classified_cases,
+    retrieval_cases,
+)
 from pipeline.evaluate.probe import chance, few_shot, linear_probe
 from pipeline.evaluate.rerank import Match, rerank
-from pipeline.evaluate.retrieval import rank_by_contrast, recalls
+from pipeline.evaluate.retrieval import Ranks, rank_by_contrast, recalls
 from pipeline.evaluate.tasks import Example, answer_rows, measure_answers, measure_assignment
-from pipeline.evaluate.zero_shot import class_embeddings, zero_shot
+from pipeline.evaluate.zero_shot import Confusion, class_embeddings, confusion, zero_shot
 from pipeline.losses.structure import geometry, independent_geometry
 
 GEOMETRY_ROWS = 1024  # the first of all
@@ -91,20 +99,19 @@ def make_recipe(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """Some matched pairs, to be drawn: embeddings [n, dim], and labels [n] of the first task."""
+    """Some matched pairs, to be drawn: embeddings [n, dim], and labels [n] of the first task.
+
+    And right and wrong cases: `classified` of each zero-shot task's column, `images` and `captions`
+    of retrieval; each empty where there is no such task. `confusions`, by column too, count all.
+    """
 
     image: NDArray[np.float32]
     text: NDArray[np.float32]
     labels: list[str]
-
-
-class ShownAnswer(NamedTuple):
-    """An answer to be looked at: pictures [pictures, size, size, 3], what was asked and said."""
-
-    pictures: NDArray[np.uint8]
-    text: str
-    said: str
-    answers: list[str]
+    classified: dict[str, list[ShownAnswer]]
+    images: list[ShownImages]
+    captions: list[ShownCaptions]
+    confusions: dict[str, Confusion]
 
 
 class TaskSample(NamedTuple):
@@ -120,12 +127,12 @@ def run_suite(
     world_size: int,
     rank: int,
     *,
-    with_probes: bool,
+    in_full: bool,
 ) -> tuple[dict[str, float], Sample | TaskSample]:
     """Give every metric, the same on all ranks, by names as retrieval/...; and some of the rows.
 
-    `model` runs the forward of what is trained, which is a collective under ZeRO-3. Linear probes,
-    which embed further sets, only if asked for.
+    `model` runs the forward of what is trained, which is a collective under ZeRO-3. `in_full`: with
+    linear probes, which embed further sets, and with cases to be looked at.
     """
     side, batch = suite.recipe.image_size, suite.config.batch
     blank = (
@@ -153,23 +160,70 @@ def run_suite(
     def match(states: Tensor, tokens: Tensor) -> Tensor:
         return model(None, tokens, None, None, states).matching
 
-    def embed(catalog: Catalog, labels: tuple[str, ...], *, keeps_states: bool = False) -> Embedded:
+    def embed(catalog: Catalog, labels: tuple[str, ...], **keeps: bool) -> Embedded:
         batches = read(catalog, replace(suite.recipe, labels=labels))
-        return embed_rows(forward, batches, blank, device, keeps_states=keeps_states)
+        return embed_rows(forward, batches, blank, device, **keeps)
 
-    rows = embed(suite.catalog, suite.recipe.labels, keeps_states=suite.config.rerank is not None)
-    metrics = dict(_measure(suite, forward, match, rows, device))
-    if with_probes:
+    rows = embed(
+        suite.catalog,
+        suite.recipe.labels,
+        keeps_states=suite.config.rerank is not None,
+        keeps_pictures=in_full,
+    )
+    weights = _class_weights(suite, forward, device)
+    ranks = rank_by_contrast(rows.image, rows.text, rows.owners) if suite.config.retrieval else None
+    metrics = dict(_measure(suite, match, rows, weights, ranks, device))
+    if in_full:
         found = {path: embed(each.catalog, each.labels) for path, each in suite.probed.items()}
-        metrics |= dict(_probe(suite, found))
+        metrics |= dict(_probe(suite, found, world_size, rank))
+    return metrics, _sample(suite, rows, weights, ranks)
+
+
+def _class_weights(suite: Suite, forward: Forward, device: torch.device) -> list[Tensor]:
+    """The embeddings [classes, dim] of each zero-shot task's classes."""
+
+    def embed_texts(tokens: Tensor) -> Tensor:
+        found = forward(None, tokens).text
+        assert found is not None, "it was given tokens"
+        return found
+
+    recipe = suite.recipe
+    return [
+        class_embeddings(
+            embed_texts, classes, task.prompts, recipe.tokenizer, recipe.context_length, device
+        )
+        for task, classes in zip(suite.config.zero_shot, suite.classes, strict=True)
+    ]
+
+
+def _sample(suite: Suite, rows: Embedded, weights: list[Tensor], ranks: Ranks | None) -> Sample:
+    """The first rows, and cases if pictures were kept."""
     tasks = suite.config.zero_shot
     labels = rows.labels[tasks[0].column] if tasks else [""] * len(rows.image)
-    sample = Sample(
+    classified: dict[str, list[ShownAnswer]] = {}
+    images: list[ShownImages] = []
+    captions: list[ShownCaptions] = []
+    confusions: dict[str, Confusion] = {}
+    if rows.seen is not None:
+        classified = {
+            task.column: classified_cases(rows, rows.labels[task.column], classes, each)
+            for task, classes, each in zip(tasks, suite.classes, weights, strict=True)
+        }
+        confusions = {
+            task.column: confusion(rows.image, rows.labels[task.column], classes, each)
+            for task, classes, each in zip(tasks, suite.classes, weights, strict=True)
+        }
+        if ranks is not None:
+            images, captions = retrieval_cases(rows, ranks, suite.recipe.tokenizer)
+    return Sample(
         image=rows.image[:SAMPLE_ROWS].numpy(),
         text=rows.text[rows.first_captions[:SAMPLE_ROWS]].numpy(),
         labels=labels[:SAMPLE_ROWS],
+        classified=classified,
+        images=images,
+        captions=captions,
+        confusions=confusions,
     )
-    return metrics, sample
 
 
 def _run_task(
@@ -206,60 +260,69 @@ def _run_task(
     return {f"{suite.task}/{name}": value for name, value in metrics}, TaskSample(shown)
 
 
-def _probe(suite: Suite, found: Mapping[str, Embedded]) -> Iterator[tuple[str, float]]:
-    for task in suite.config.linear_probe:
+def _probe(
+    suite: Suite, found: Mapping[str, Embedded], world_size: int, rank: int
+) -> Iterator[tuple[str, float]]:
+    """The metrics of all probes; each is fitted on one rank."""
+    asked = [(task, shots) for task in suite.config.linear_probe for shots in (None, *task.shots)]
+    mine: dict[int, list[tuple[str, float]] | RunStop] = {}
+    for number in range(rank, len(asked), world_size):
+        try:
+            mine[number] = list(_fit_probe(suite, found, *asked[number]))
+        except RunStop as stop:
+            mine[number] = stop  # the other ranks wait for an answer
+    answers = {number: each for part in gathered(mine) for number, each in part.items()}
+    for number in range(len(asked)):
+        answer = answers[number]
+        if isinstance(answer, RunStop):
+            raise answer
+        yield from answer
 
-        def labelled(path: str, task: LinearProbeTask = task) -> tuple[Tensor, list[str]]:
-            rows = found[path]
-            image, text = rows.chosen(suite.config.embedding)
-            features = image if task.modality == "image" else text[rows.first_captions]
-            return features, rows.labels[task.column]
 
-        sets = *labelled(task.train), *labelled(task.test or suite.val)
-        name = f"linear_probe/{task.column}"
+def _fit_probe(
+    suite: Suite, found: Mapping[str, Embedded], task: LinearProbeTask, shots: int | None
+) -> Iterator[tuple[str, float]]:
+    def labelled(path: str) -> tuple[Tensor, list[str]]:
+        rows = found[path]
+        image, text = rows.chosen(suite.config.embedding)
+        features = image if task.modality == "image" else text[rows.first_captions]
+        return features, rows.labels[task.column]
+
+    sets = *labelled(task.train), *labelled(task.test or suite.val)
+    name = f"linear_probe/{task.column}"
+    if shots is None:
         yield f"{name}/accuracy", linear_probe(*sets)
         yield f"{name}/chance", chance(sets[3])
-        for shots in task.shots:
-            mean, spread = few_shot(*sets, shots=shots)
-            yield f"{name}/{shots}_shots/accuracy", mean
-            yield f"{name}/{shots}_shots/spread", spread
+    else:
+        mean, spread = few_shot(*sets, shots=shots)
+        yield f"{name}/{shots}_shots/accuracy", mean
+        yield f"{name}/{shots}_shots/spread", spread
 
 
 def _measure(
-    suite: Suite, forward: Forward, match: Match, rows: Embedded, device: torch.device
+    suite: Suite,
+    match: Match,
+    rows: Embedded,
+    weights: list[Tensor],
+    ranks: Ranks | None,
+    device: torch.device,
 ) -> Iterator[tuple[str, float]]:
-    image = rows.image
-    yield "rows", float(len(image))
+    yield "rows", float(len(rows.image))
     yield "bad_rows", float(rows.bad_rows)
-    if suite.config.retrieval:
-        for name, value in _retrieval(suite.config, match, rows, device):
+    if ranks is not None:
+        for name, value in _retrieval(suite.config, match, rows, ranks, device):
             yield name, value
-
-    def embed_texts(tokens: Tensor) -> Tensor:
-        found = forward(None, tokens).text
-        assert found is not None, "it was given tokens"
-        return found
-
-    for task, classes in zip(suite.config.zero_shot, suite.classes, strict=True):
-        weights = class_embeddings(
-            embed_texts,
-            classes,
-            task.prompts,
-            suite.recipe.tokenizer,
-            suite.recipe.context_length,
-            device,
-        )
-        for name, value in zero_shot(image, rows.labels[task.column], classes, weights):
+    for task, classes, each in zip(suite.config.zero_shot, suite.classes, weights, strict=True):
+        for name, value in zero_shot(rows.image, rows.labels[task.column], classes, each):
             yield f"zero_shot/{task.column}/{name}", value
     for name, value in _geometry(rows):
         yield f"geometry/{name}", value
 
 
 def _retrieval(
-    config: EvaluateConfig, match: Match, rows: Embedded, device: torch.device
+    config: EvaluateConfig, match: Match, rows: Embedded, ranks: Ranks, device: torch.device
 ) -> Iterator[tuple[str, float]]:
     """Retrieval by contrast and, if asked for, with its best ordered anew."""
-    ranks = rank_by_contrast(rows.image, rows.text, rows.owners)
     for name, value in recalls(ranks):
         yield f"retrieval/{name}", value
     if config.rerank is not None:

@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 def carry(value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """Give `value` as a function of `inputs` whose gradients by them are `gradients`."""
+    """Give the scalar `value` as a function of `inputs` whose gradients by them are `gradients`.
+
+    There are as many gradients as inputs, each of its input's shape.
+    """
     loss = _Carry.apply(value, len(inputs), *gradients, *inputs)
     assert isinstance(loss, Tensor)
     return loss

@@ -35,7 +35,10 @@ class _Stateless(ABC):
         logit_bias: Float[Tensor, ""] | None = None,
         keys: Tensor | None = None,
     ) -> LossValue:
-        """Give the loss of unit-norm embeddings; every worker must hold equally many pairs."""
+        """Give the loss of unit-norm embeddings; every worker must hold equally many pairs.
+
+        Raises ValueError where a sigmoid loss is given no `logit_bias`.
+        """
         del image_log_z, text_log_z, keys
         loss = self._loss(image, text, logit_scale, logit_bias)
         metrics = {"loss": loss.detach(), "logit_scale": logit_scale.detach()}
@@ -208,7 +211,10 @@ class FastCLIP:
         logit_bias: Tensor | None = None,
         keys: Int[Tensor, " local"] | None = None,
     ) -> LossValue:
-        """Give the loss of unit-norm embeddings; every worker must hold equally many pairs."""
+        """Give the loss of unit-norm embeddings; every worker must hold equally many pairs.
+
+        Raises ValueError without `keys`.
+        """
         del image_log_z, text_log_z, logit_bias
         if keys is None:
             raise ValueError("FastCLIP needs keys; give the rows' identities")

@@ -81,7 +81,7 @@ class Reach(Protocol):
     def meet(
         self, meeting: int, mine: Sequence[Tensor]
     ) -> Callable[[], Sequence[Sequence[Tensor]]]:
-        """Send mine to the partners of a meeting."""
+        """Send mine to the partners of a meeting; what comes back is, by partner, alike."""
         ...
 
     def again(self, mine: Sequence[Tensor]) -> Callable[[], Sequence[Sequence[Tensor]]]:
@@ -186,7 +186,7 @@ class GammaLoss:
         keys: Tensor | None = None,
         partners: Callable[[], Sequence[Features]] = tuple,
     ) -> Opened:
-        """First half: normalisers from local pairs and partners' features.
+        """First half: normalisers from local pairs and partners' features; inputs as of a call.
 
         `partners` is called once the local pairs are summed. `close` needs the partners' `weights`
         that come out of their first halves.

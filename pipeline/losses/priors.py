@@ -54,7 +54,10 @@ class Prior(Protocol):
         keys: Tensor | None,
         seen: Sequence[Observation],
     ) -> None:
-        """Learn from a batch, after its loss."""
+        """Learn from a batch, after its loss.
+
+        `image`, `text` [b, dim] are detached; `seen` has one item for each direction's anchors.
+        """
         ...
 
     def share(self, gather: Gather) -> None:
@@ -102,7 +105,10 @@ class QueuePrior:
     def predict(
         self, image: Tensor, text: Tensor, scale: Tensor, keys: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Score the queue; an anchor's own row, should it still be there, is left out."""
+        """Score the queue: [b] each, None while it is empty, or of a side that it does not hold.
+
+        An anchor's own row, should it still be there, is left out.
+        """
         if not self._count:
             return None, None
         own = None
@@ -192,7 +198,10 @@ class HistoryPrior:
     def predict(
         self, image: Tensor, text: Tensor, scale: Tensor, keys: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Give what is remembered of `keys`."""
+        """Give what is remembered of `keys`, [b] each; None before the first batch.
+
+        Raises ValueError without keys.
+        """
         del text
         if keys is None:
             raise ValueError("a history needs keys; give the rows' identities")

@@ -264,7 +264,7 @@ def consistency(
 
 
 def there(features: Tensor | None) -> Tensor:
-    """The features; they were to be made."""
+    """The features; they were to be made. Raises ValueError where there are none."""
     if features is None:
         raise ValueError("features are missing that this term needs; make views and projections")
     return features

@@ -213,7 +213,7 @@ class MatchHead(nn.Linear):
     """Reckons in fp32 whatever its weights are in: bf16 has so few values that pairs would tie."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Logits in fp32."""
+        """Give logits in fp32: [..., width] to [..., 2]."""
         return F.linear(input.float(), self.weight.float(), self.bias.float()).float()
 
 

@@ -140,6 +140,7 @@ def clip_config(config: ModelConfig, vocab_size: int, start: int, end: int, pad:
         image_size=image.size,
         patch_size=image.patch,
         projection_dim=config.embed_dim,
+        hidden_act=config.activation,
     )
     language = CLIPTextConfig(
         vocab_size=vocab_size,
@@ -149,6 +150,7 @@ def clip_config(config: ModelConfig, vocab_size: int, start: int, end: int, pad:
         num_attention_heads=text.heads,
         max_position_embeddings=text.context_length,
         projection_dim=config.embed_dim,
+        hidden_act=config.activation,
         bos_token_id=start,
         eos_token_id=end,
         pad_token_id=pad,
@@ -159,6 +161,42 @@ def clip_config(config: ModelConfig, vocab_size: int, start: int, end: int, pad:
         projection_dim=config.embed_dim,
         logit_scale_init_value=math.log(config.logit_scale_init),
     )
+
+
+def clip_sizes(clip: CLIPConfig) -> dict[str, Any]:
+    """What `model` must say for these sizes, by key; those of images and texts apart.
+
+    Raises `UserError`, without a place, for towers that it cannot describe.
+    """
+    image: Any = clip.vision_config
+    text: Any = clip.text_config
+    for name, tower in (("image", image), ("text", text)):
+        if tower.intermediate_size != 4 * tower.hidden_size:
+            raise UserError(
+                f"its {name} tower has MLPs {tower.intermediate_size} wide; only four times the "
+                f"width, {4 * tower.hidden_size}, can be trained here"
+            )
+        if tower.layer_norm_eps != CLIPTextConfig().layer_norm_eps:
+            raise UserError(
+                f"its {name} tower has layer_norm_eps {tower.layer_norm_eps}; only CLIP's "
+                f"{CLIPTextConfig().layer_norm_eps} can be trained here"
+            )
+    if image.hidden_act != text.hidden_act:
+        raise UserError(
+            f"its towers have the activations {image.hidden_act} and {text.hidden_act}; only one "
+            "for both can be trained here"
+        )
+    return {
+        "activation": image.hidden_act,
+        "embed_dim": clip.projection_dim,
+        "image.patch": image.patch_size,
+        "image.width": image.hidden_size,
+        "image.layers": image.num_hidden_layers,
+        "image.heads": image.num_attention_heads,
+        "text.width": text.hidden_size,
+        "text.layers": text.num_hidden_layers,
+        "text.heads": text.num_attention_heads,
+    }
 
 
 def _check_pretrained(found: CLIPConfig, config: ModelConfig, vocab_size: int) -> None:

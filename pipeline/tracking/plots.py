@@ -1,10 +1,8 @@
 """Figures of a run, from its metric points and some of its embeddings."""
 
-import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,53 +127,4 @@ def plot_similarities(image: Rows, text: Rows, labels: Sequence[str], path: Path
         axes.set_yticks([])
     panels[0].set_ylabel(f"{len(order)} pairs" + (", by class" if any(labels) else ""))
     figure.colorbar(drawn[-1], ax=panels, label="cosine", shrink=0.8)
-    figure.savefig(path, dpi=110)
-
-
-class Shown(Protocol):
-    """An answer to be drawn: its pictures [pictures, size, size, 3] and texts."""
-
-    @property
-    def pictures(self) -> NDArray[np.uint8]:
-        """What was looked at, side by side."""
-        ...
-
-    @property
-    def text(self) -> str:
-        """What was asked or stated."""
-        ...
-
-    @property
-    def said(self) -> str:
-        """The model's answer."""
-        ...
-
-    @property
-    def answers(self) -> Sequence[str]:
-        """The right ones."""
-        ...
-
-
-def plot_answers(shown: Sequence[Shown], path: Path) -> None:
-    """Draw answers with their pictures: right ones on top, below wrong ones and what is right."""
-    from matplotlib.figure import Figure
-
-    ordered = sorted(shown, key=lambda each: each.said not in each.answers)
-    columns = 6
-    rows = -(-len(ordered) // columns)
-    figure = Figure(figsize=(2.6 * columns, 2.5 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes in panels:
-        axes.axis("off")
-    for axes, each in zip(panels, ordered, strict=False):
-        edge = np.full((each.pictures.shape[1], 3, 3), 0, dtype=np.uint8)
-        parts = [part for picture in each.pictures for part in (edge, picture)][1:]
-        axes.imshow(np.concatenate(parts, axis=1), interpolation="nearest")
-        is_right = each.said in each.answers
-        said = each.said if is_right else f"{each.said} (right: {each.answers[0]})"
-        axes.set_title(
-            "\n".join([*textwrap.wrap(each.text, 34)[:3], f"→ {said}"]).replace("$", r"\$"),
-            fontsize=7,
-            color="black" if is_right else "firebrick",
-        )
     figure.savefig(path, dpi=110)

@@ -102,7 +102,7 @@ def open_run(
 
     Raises `UserError` when the tracker refuses.
     """
-    client = _client(uri)
+    client = connect(uri)
     try:
         if run_id is not None:
             client.get_run(run_id)  # or an error: sqlite would make a database without it
@@ -140,7 +140,7 @@ def log_inputs(ref: RunRef, inputs: Sequence[Input]) -> None:
         for each in inputs
     ]
     with _tolerant("log the data sets"):
-        _client(ref.uri).log_inputs(ref.run_id, entries)
+        connect(ref.uri).log_inputs(ref.run_id, entries)
 
 
 def _short_name(source: str) -> str:
@@ -152,13 +152,13 @@ def _short_name(source: str) -> str:
 def close_run(ref: RunRef, status: Status) -> None:
     """End the run; a tracker that is gone by now is only warned of."""
     with _tolerant("end the run"):
-        _client(ref.uri).set_terminated(ref.run_id, status)
+        connect(ref.uri).set_terminated(ref.run_id, status)
 
 
 def set_tags(ref: RunRef, tags: Mapping[str, str]) -> bool:
     """Tag the run; whether the tracker took it."""
     try:
-        client = _client(ref.uri)
+        client = connect(ref.uri)
         for name, value in tags.items():
             client.set_tag(ref.run_id, name, value[:5000])
     except Exception as error:  # noqa: BLE001  no tracker's failure may stop training
@@ -167,15 +167,27 @@ def set_tags(ref: RunRef, tags: Mapping[str, str]) -> bool:
     return True
 
 
+def log_metrics(ref: RunRef, step: int, metrics: Mapping[str, float]) -> None:
+    """Log one point of each metric, at once; a tracker that is gone is only warned of."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    entries = [Metric(metric_name(name), value, now, step) for name, value in metrics.items()]
+    with _tolerant("log metrics"):
+        client = connect(ref.uri)
+        for start in range(0, len(entries), 1000):  # MLflow's most
+            client.log_batch(ref.run_id, metrics=entries[start : start + 1000])
+
+
 def log_artifacts(ref: RunRef, folder: Path) -> None:
     """Upload every file under `folder`; a tracker that is gone is only warned of."""
     with _tolerant("log artifacts"):
-        _client(ref.uri).log_artifacts(ref.run_id, str(folder))
+        connect(ref.uri).log_artifacts(ref.run_id, str(folder))
 
 
 def read_history(ref: RunRef, names: list[str]) -> dict[str, list[tuple[int, float]]]:
     """Give (step, value) points of each metric, by step; a missing metric has none."""
-    client = _client(ref.uri)
+    client = connect(ref.uri)
     return {
         name: sorted((m.step, m.value) for m in client.get_metric_history(ref.run_id, name))
         for name in names
@@ -225,7 +237,7 @@ class MetricLog:
                 continue
             try:
                 if client is None:
-                    client = _client(self._ref.uri)
+                    client = connect(self._ref.uri)
                     monitor = _start_monitor(self._ref, self._interval)
                 _send(client, self._ref.run_id, self._waiting, logged)
                 is_warned = False
@@ -297,10 +309,14 @@ def _experiment(client: "MlflowClient", uri: str, name: str) -> str:
     return client.create_experiment(name, artifact_location=location)
 
 
-def _client(uri: str) -> "MlflowClient":
+def connect(uri: str) -> "MlflowClient":
+    """A client of the tracker at `uri`; it has asked nothing yet."""
     # A dead server must cost seconds, not MLflow's default of minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # What is said of a run's end is the command's to say.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import mlflow  # seconds to import; not needed to plan or to show help
 
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.store.db"):

@@ -21,6 +21,7 @@ PATIENCE = 10.0  # seconds to wait for the actor: it is idle but for such calls
 class _Board:
     def __init__(self, attempts: int) -> None:
         self._events: list[Event] = []
+        self._forgotten = 0
         self._attempts = attempts
         self._wish = Wish.NONE
         self._has_left = False
@@ -48,9 +49,11 @@ class _Board:
     def post(self, event: Event) -> None:
         self._events.append(event)
 
-    def take(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
+    def take(self, taken: int) -> list[Event]:
+        # What the driver has is forgotten only now: an answer that came too late was not had.
+        del self._events[: taken - self._forgotten]
+        self._forgotten = taken
+        return self._events
 
 
 _BOARD: Any = ray.remote(num_cpus=0)(_Board)
@@ -67,6 +70,7 @@ class Board:
         self._actor: Any = _BOARD.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)
         ).remote(attempts)
+        self._taken = 0
 
     def post(self, kind: str, **content: Any) -> None:
         """Send an event; returns at once."""
@@ -74,7 +78,9 @@ class Board:
 
     def take(self) -> list[Event]:
         """Give the events posted since the last call, in order."""
-        return ray.get(self._actor.take.remote(), timeout=PATIENCE)
+        events = ray.get(self._actor.take.remote(self._taken), timeout=PATIENCE)
+        self._taken += len(events)
+        return events
 
     def begin(self) -> int:
         """Number this start of the workers: the first is 1. Rank 0 calls it."""

@@ -11,13 +11,14 @@ import json
 import logging
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,20 +38,14 @@ from pipeline.data.storage import open_filesystem
 from pipeline.data.stream import start_ray_data_here
 from pipeline.errors import Problem, UserError, raise_problems
 from pipeline.evaluate.suite import Sample, TaskSample
+from pipeline.report import page
 from pipeline.tracking import tracker
-from pipeline.tracking.plots import (
-    PANELS,
-    plot_answers,
-    plot_bridge,
-    plot_curves,
-    plot_projection,
-    plot_similarities,
-)
 from pipeline.train.board import Board, Event, pass_warnings_on
+from pipeline.train.figures import draw_pairs, draw_run
 from pipeline.train.lease import Lease, leased
 from pipeline.train.loop import Wish
-from pipeline.train.objective import BRIDGE_CURVE
-from pipeline.train.preflight import Prepared, lacking_resources, prepare, prepare_evaluation
+from pipeline.train.measure import Evaluation, Measured, keep
+from pipeline.train.preflight import Prepared, lacking_resources, prepare
 from pipeline.train.store import RunFolder, RunRecord, changed_keys, find_run
 from pipeline.train.witness import Failures, Introduction, PlannedResize, Trainer
 from pipeline.train.worker import EvaluationJob, Job, evaluate_worker, train_worker, versions
@@ -87,10 +82,18 @@ class Outcome:
     bad_rows: int
 
 
-def train(config: Config, listen: Listener, log_path: Path) -> Outcome:
+def train(
+    config: Config,
+    listen: Listener,
+    log_path: Path,
+    *,
+    tags: Mapping[str, str] | None = None,
+    stop: threading.Event | None = None,
+) -> Outcome:
     """Run `config` to its end: a new run, or the unfinished one of that name.
 
     Events (dicts with a `kind`) go to `listen`; what Ray and DeepSpeed print goes to `log_path`.
+    `tags` are more of those of a new MLflow run; `stop` is set to have it end like at SIGTERM.
     Raises `UserError` before the first step for what the user can mend, `RunFailed` later.
     """
     started = time.monotonic()
@@ -107,17 +110,15 @@ def train(config: Config, listen: Listener, log_path: Path) -> Outcome:
         )
     name = folder.path.rsplit("/", 1)[-1]
     listen({"kind": "planned", "prepared": prepared, "name": name, "resumed": record is not None})
-    say = _saying(listen)
+    say = saying(listen)
     with (
-        _quiet(log_path),
         leased(folder, say) as lease,
-        _ray(config, listen),
-        pass_warnings_on(listen),
+        session(config, listen, log_path),
     ):
         _check_cluster(config)
         start_ray_data_here()
         say("Opening the MLflow run")
-        record = _reopen(config, record) if record else _new_record(prepared, folder, name)
+        record = _reopen(config, record) if record else _new_record(prepared, folder, name, tags)
         folder.write_record(record)
         run = tracker.RunRef(uri=record.mlflow_uri, run_id=record.mlflow_run_id)
         say(f"Starting {prepared.plan.workers} worker(s)")
@@ -136,7 +137,7 @@ def train(config: Config, listen: Listener, log_path: Path) -> Outcome:
         status: tracker.Status = "FAILED"
         try:
             work = partial(train_worker, job)
-            _fit(work, config, config.cluster.storage, name, watch, lease)
+            _fit(work, config, config.cluster.storage, name, watch, lease, stop)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -146,6 +147,7 @@ def train(config: Config, listen: Listener, log_path: Path) -> Outcome:
             _log_artifacts(run, prepared, bad_rows, watch.sample)
             watch.diary.close()
             tracker.close_run(run, status)
+            _report(run)
         folder.write_record(replace(watch.diary.record, is_finished=True))
     return Outcome(
         name=name,
@@ -158,43 +160,47 @@ def train(config: Config, listen: Listener, log_path: Path) -> Outcome:
     )
 
 
-def evaluate(
-    folder: RunFolder, config: Config, checkpoint: str | None, listen: Listener, log_path: Path
-) -> dict[str, float]:
-    """Evaluate a checkpoint of a run (the newest, or the named one) under `config`."""
-    record = folder.read_record()
-    names = folder.checkpoints()
-    if record is None or not names:
-        raise UserError(
-            f"{folder.url}: no run with a checkpoint there; give the folder of a run, such as "
-            "runs/demo"
-        )
-    chosen = checkpoint or names[-1]
-    if chosen not in names:
-        raise UserError(f"{folder.url}: no checkpoint {chosen!r}; it has {names}")
-    suite = prepare_evaluation(config, record)
-    listen({"kind": "phase", "text": f"Evaluating {folder.url}/{chosen}"})
+def evaluate(asked: Sequence[Evaluation], listen: Listener, log_path: Path) -> list[Measured]:
+    """Evaluate checkpoints of runs, one after the other; one that fails is told as such."""
+    with quiet(log_path), _ray(asked[0].config, listen), pass_warnings_on(listen):
+        return [_evaluate(each, listen) for each in asked]
+
+
+def keep_results(measured: Sequence[Measured], listen: Listener, log_path: Path) -> list[str]:
+    """Keep what was measured, see `measure.keep`; the console stays free here too."""
+    listen({"kind": "phase", "text": "Keeping the results"})
+    with quiet(log_path), pass_warnings_on(listen):
+        return keep(measured)
+
+
+def _evaluate(asked: Evaluation, listen: Listener) -> Measured:
+    folder, config = asked.folder, asked.config
+    _check_cluster(config)
+    listen({"kind": "phase", "text": f"Evaluating {folder.url}/{asked.checkpoint}"})
     storage, run_name = folder.url.rsplit("/", 1)
-    with _quiet(log_path), _ray(config, listen):
-        _check_cluster(config)
-        board = Board()
-        watch = Watch(board, listen, config, None)
-        job = EvaluationJob(
-            config=config,
-            tokenizer=record.tokenizer,
-            suite=suite,
-            storage=storage,
-            run_name=run_name,
-            name=chosen,
-            board=board,
-        )
-        name = f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
-        try:
-            _fit(partial(evaluate_worker, job), config, folder.url, name, watch, None)
-        finally:
-            # Ray Train keeps its own notes there; an evaluation leaves nothing to resume.
-            folder.filesystem.delete_dir(f"{folder.path}/{name}")
-    return watch.metrics
+    board = Board()
+    watch = Watch(board, listen, config, None)
+    job = EvaluationJob(
+        config=config,
+        tokenizer=asked.record.tokenizer,
+        suite=asked.suite,
+        storage=storage,
+        run_name=run_name,
+        name=asked.checkpoint,
+        board=board,
+    )
+    name = f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
+    failure = None
+    try:
+        _fit(partial(evaluate_worker, job), config, folder.url, name, watch, None)
+        if not watch.metrics:
+            failure = "nothing was heard of what the workers found; try again"
+    except RunFailed as error:
+        failure = str(error)
+    finally:
+        # Ray Train keeps its own notes there; an evaluation leaves nothing to resume.
+        folder.filesystem.delete_dir(f"{folder.path}/{name}")
+    return Measured(asked=asked, metrics=watch.metrics, sample=watch.sample, failure=failure)
 
 
 def _check_unchanged(config: Config, record: RunRecord) -> None:
@@ -211,14 +217,16 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return flatten(parse_config(values, "the run's record"))
 
 
-def _new_record(prepared: Prepared, folder: RunFolder, name: str) -> RunRecord:
+def _new_record(
+    prepared: Prepared, folder: RunFolder, name: str, tags: Mapping[str, str] | None = None
+) -> RunRecord:
     config = prepared.config
     run = tracker.open_run(
         tracker.tracking_uri(config.tracking.uri, config.cluster.storage),
         config.tracking.experiment,
         name,
         params=flatten(config),
-        tags=_tags(prepared, folder),
+        tags={**_tags(prepared, folder), **(tags or {})},
         run_id=None,
     )
     tracker.log_inputs(run, list(_inputs(prepared)))
@@ -322,33 +330,35 @@ def _log_artifacts(
         if bad:
             rows = [f"{row.path}:{row.row_group}:{row.row}\t{row.reason}" for row in bad]
             (path / "dropped_rows.tsv").write_text("\n".join(rows) + "\n")
-        for draw in _figures(run, prepared.config, sample, path):
-            try:
-                draw()
-            except Exception as error:  # noqa: BLE001  no figure may stand between a run and its end
-                LOG.warning("a figure could not be drawn: %s", error)
+        draw_pairs(prepared.catalog, path)
+        draw_run(run, prepared.config, sample, path)
         tracker.log_artifacts(run, path)
 
 
-def _figures(
-    run: tracker.RunRef, config: Config, sample: Sample | TaskSample | None, path: Path
-) -> Iterator[Callable[[], object]]:
-    """What draws each of the run's figures into the folder."""
-    yield lambda: plot_curves(tracker.read_history(run, list(PANELS)), path / "curves.png")
-    if config.structure.needs_views:
-        curve = [f"train/{name}" for name in BRIDGE_CURVE]
-        yield lambda: plot_bridge(tracker.read_history(run, curve), path / "bridge.png")
-    if isinstance(sample, TaskSample) and sample.shown:
-        yield lambda: plot_answers(sample.shown, path / "answers.png")
-    if isinstance(sample, Sample):
-        rows = sample.image, sample.text, sample.labels
-        yield lambda: plot_projection(*rows, path / "projection.png")
-        yield lambda: plot_similarities(*rows, path / "similarities.png")
+def _report(run: tracker.RunRef) -> None:
+    """Keep a report of all that the tracker has of the run; one that fails is only warned of."""
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            page.write_report(run, Path(temporary) / page.NAME)
+        except Exception as error:  # noqa: BLE001  no report may stand between a run and its end
+            LOG.warning("no report of the run: %s", error)
+            return
+        tracker.log_artifacts(run, Path(temporary))
+
+
+@contextlib.contextmanager
+def session(config: Config, listen: Listener, log_path: Path) -> Iterator[None]:
+    """Ray, a free console, and warnings told: what a driver works in."""
+    with quiet(log_path), _ray(config, listen), pass_warnings_on(listen):
+        yield
 
 
 @contextlib.contextmanager
 def _ray(config: Config, listen: Listener) -> Iterator[None]:
     """A connection to Ray, closed at the end: late lines of workers must not reach the console."""
+    if ray.is_initialized():  # a sweep's, whose actor this is: not ours to close
+        yield
+        return
     _start_ray(config, listen)
     if threading.current_thread() is threading.main_thread():
         # In place of Ray's own: what stops a job before it trains is like Ctrl-C.
@@ -387,7 +397,8 @@ def _lacking(config: Config) -> list[Problem]:
     return lacking_resources(config, resources.get("CPU", 0), resources.get("GPU", 0))
 
 
-def _saying(listen: Listener) -> Callable[[str], None]:
+def saying(listen: Listener) -> Callable[[str], None]:
+    """Tell `listen` of what is being done, in a sentence."""
     return lambda text: listen({"kind": "phase", "text": text})
 
 
@@ -514,7 +525,7 @@ class Watch:
             case "evaluation":
                 self.metrics = event["metrics"]
             case "sample":
-                self.sample = event["sample"]
+                self.sample = pickle.loads(event["sample"])
             case "stopped":
                 self.stopped = event["message"]
             case "started":
@@ -586,6 +597,7 @@ def _fit(
     name: str,
     watch: Watch,
     lease: Lease | None,
+    stop: threading.Event | None = None,
 ) -> None:
     """Run `work` on every worker; restarts after failures. Raises `RunFailed`.
 
@@ -631,7 +643,7 @@ def _fit(
     )
     with watch.running():
         try:
-            _wait(trainer, watch, lease)
+            _wait(trainer, watch, lease, stop)
         except ray.train.TrainingFailedError as error:
             raise RunFailed(_cause(error), can_go_on=True) from error
     if watch.stopped is not None:
@@ -640,7 +652,9 @@ def _fit(
         raise KeyboardInterrupt
 
 
-def _wait(trainer: Trainer, watch: Watch, lease: Lease | None) -> None:
+def _wait(
+    trainer: Trainer, watch: Watch, lease: Lease | None, stop: threading.Event | None = None
+) -> None:
     """Run `trainer.fit()` beside the main thread, which hears of signals and of the end.
 
     At a first SIGINT or SIGTERM the workers are asked to save and stop; a second one does not wait
@@ -661,6 +675,8 @@ def _wait(trainer: Trainer, watch: Watch, lease: Lease | None) -> None:
         try:
             while thread.is_alive():
                 thread.join(POLL_SECONDS)
+                if stop is not None and stop.is_set() and not heard:
+                    heard.append(signal.SIGTERM)
                 if heard and not has_asked and watch.is_training:
                     watch.board.ask(Wish.STOP)
                     watch.say("Saving before the end; once more to stop without")
@@ -723,7 +739,7 @@ def _cause(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet(log_path: Path) -> Iterator[None]:
+def quiet(log_path: Path) -> Iterator[None]:
     """Send everything this process and Ray's workers print to `log_path`; the console stays free.
 
     At the level of file descriptors, since Ray's and DeepSpeed's C++ parts print too.

@@ -101,6 +101,19 @@ def leased(
         lease.close()
 
 
+def wait_for_the_dead(run: RunFolder) -> None:
+    """Wait, at most `PATIENCE`, while a driver of this machine that has the run is dying.
+
+    For who knows that it is: an actor outlives its killed driver by seconds.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        found = _read(run)
+        if found is None or found["host"] != socket.gethostname() or _is_dead_here(found):
+            return
+        time.sleep(0.5)
+
+
 def _read(run: RunFolder) -> dict[str, Any] | None:
     text = run.read_text(LEASE)
     return None if text is None else json.loads(text)

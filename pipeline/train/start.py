@@ -1,9 +1,11 @@
-"""Where a run starts from another: `model.init`. Its tokenizer, its sizes, its weights.
+"""Where a run starts from another, or from a model made elsewhere: `model.init`.
 
-Enters: the folder of a run. Leaves: a tokenizer, a module with that run's weights.
+Enters: the folder of a run, or where such a model is. Leaves: a tokenizer, a module with those
+weights.
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,18 @@ from pipeline.errors import RunStop, UserError
 from pipeline.models.fusion import IMAGE_PLACES, fit_places
 from pipeline.train.checkpoint import read_meta
 from pipeline.train.module import TOWERS
+from pipeline.train.outside import check_outside, find_outside, read_weights
 from pipeline.train.store import RunFolder, RunRecord
 
 LOG = logging.getLogger(__name__)
 SAME = ("kind", "embed_dim", "image.patch", "image.width", "image.layers", "image.heads",
-        "text.width", "text.layers", "text.heads", "fusion.layers")  # fmt: skip
-IMAGES_PLACES = f"{TOWERS}vision_model.{IMAGE_PLACES}"
-TEXT_PLACES = f"{TOWERS}text_model.embeddings.position_embeddings.weight"
+        "text.width", "text.layers", "text.heads")  # fmt: skip
+VIT_PLACES = f"{TOWERS}vision_model.{IMAGE_PLACES}"
+CLIP_PLACES = f"{TOWERS}vision_model.embeddings.position_embedding.weight"
+CUT = tuple(  # rows at the end that no text reaches: places, ids
+    f"{TOWERS}text_model.embeddings.{name}.weight"
+    for name in ("position_embeddings", "position_embedding", "token_embedding")
+)
 PARTS = (TOWERS, "second.")  # what a run starts with of another
 
 
@@ -35,17 +42,21 @@ def starting_run(config: Config) -> RunFolder:
 
 
 def check_start(config: Config) -> Tokenizer:
-    """Give the tokenizer of the run that `model.init` names.
+    """Give the tokenizer of the run, or the model from elsewhere, that `model.init` names.
 
-    Raises `UserError` when there is no run with a checkpoint, or its model has other sizes. Images
-    may be of another size, and texts shorter: places are fitted.
+    Raises `UserError` when there is neither, or the model has other sizes. Images may be of another
+    size, and texts shorter: places are fitted.
     """
+    assert config.model.init is not None, "it is asked for where there is one"
+    outside = find_outside(config.model.init)
+    if outside is not None:
+        return check_outside(config, outside)
     folder = starting_run(config)
     record = folder.read_record()
     if record is None or not folder.checkpoints():
         raise UserError(
-            f"model.init: {config.model.init} is no run with a checkpoint; give the folder of one, "
-            "such as runs/demo"
+            f"model.init: {config.model.init} is no run with a checkpoint, nor a CLIP model; give "
+            "the folder of one, such as runs/demo, or of a model on the hub hf-hub:ORG/NAME"
         )
     _check_sizes(config, record)
     given = config.data.tokenizer
@@ -61,8 +72,7 @@ def check_start(config: Config) -> Tokenizer:
 def _check_sizes(config: Config, record: RunRecord) -> None:
     theirs = parse_config(record.config, "the record at model.init").model.model_dump()
     ours = config.model.model_dump()
-    is_fusion = config.model.kind == "fusion"
-    for key in SAME if is_fusion else [*SAME[:-1], "image.size", "text.context_length"]:
+    for key in (*SAME, "fusion.layers" if config.model.kind == "fusion" else "activation"):
         mine, other = _get(ours, key), _get(theirs, key)
         if mine != other:
             raise UserError(
@@ -91,26 +101,54 @@ def load_start(module: nn.Module, folder: Path) -> None:
     weight has another shape.
     """
     weights = load_weights(folder, read_meta(folder)["zero_stage"])
-    own = module.state_dict()
-    known = {
-        name: _fitted(name, value, own[name])
-        for name, value in weights.items()
-        if name in own and name.startswith(PARTS)
-    }
-    module.load_state_dict(known, strict=False)
+    known = _take(module, {name: weights[name] for name in weights if name.startswith(PARTS)})
     begin = getattr(module, "begin", None)
     if begin is not None and all(name.startswith(TOWERS) for name in known):
         begin()
-    LOG.info("%d of %d weights are those of %s", len(known), len(own), folder)
+    LOG.info("%d weights are those of %s", len(known), folder)
+
+
+def load_outside(module: nn.Module, init: str) -> bool:
+    """Give `module`, not yet partitioned, the weights of the model from elsewhere at `init`.
+
+    False where there is none: it is a run. Raises `RunStop` when some are missing or do not fit.
+    """
+    try:
+        outside = find_outside(init)
+        if outside is None:
+            return False
+        weights = read_weights(outside)
+    except UserError as error:
+        raise RunStop(str(error)) from error
+    known = _take(module, weights)
+    missing = [
+        name
+        for name in module.state_dict()
+        if name.startswith(TOWERS) and name not in known and "independent" not in name
+    ]
+    if missing:
+        raise RunStop(f"model.init: {init} lacks {missing[:3]}; bring it here again")
+    LOG.info("%d weights are those of %s", len(known), init)
+    return True
+
+
+def _take(module: nn.Module, weights: Mapping[str, Tensor]) -> set[str]:
+    """Load those weights that the module has; their names."""
+    own = module.state_dict()
+    known = {name: _fitted(name, weights[name], own[name]) for name in weights if name in own}
+    module.load_state_dict(known, strict=False)
+    return set(known)
 
 
 def _fitted(name: str, value: Tensor, own: Tensor) -> Tensor:
-    """The value, fitted to the places of other images or of shorter texts."""
+    """The value, fitted to the places of other images or of shorter texts, or to fewer ids."""
     if value.shape == own.shape:
         return value
-    if name == TEXT_PLACES and len(value) > len(own):
+    if name in CUT and len(value) > len(own):
         return value[: len(own)]
-    if name != IMAGES_PLACES:
+    if name == CLIP_PLACES:
+        return fit_places(value[None], len(own))[0]
+    if name != VIT_PLACES:
         raise RunStop(
             f"model.init: its {name} has shape {list(value.shape)}, this model's "
             f"{list(own.shape)}; give model and data.tokenizer the settings of that run"

@@ -3,19 +3,21 @@
 STORAGE/NAME/run.json          what the run is, its MLflow run, whether it is finished
 STORAGE/NAME/step-00000500/    a checkpoint, once it has a manifest; see checkpoint.py
 STORAGE/NAME/quarantine/       the rows that were dropped, and why
+STORAGE/NAME/suite/            what `gammaray evaluate --suite all` found, a file for each result
 """
 
 import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from pipeline.config.schema import resolve_path
 from pipeline.data.answers import AnswerList
 from pipeline.data.decode import Asked
 from pipeline.data.rows import BadRow
@@ -180,6 +182,30 @@ def find_run(storage: str, name: str) -> tuple[RunFolder, RunRecord | None]:
         if record is None or not record.is_finished:
             return folder, record
         number += 1
+
+
+def open_run(run: str) -> tuple[RunFolder, RunRecord]:
+    """The folder and record of the run at STORAGE/NAME. Raises `UserError` where there is none."""
+    # Workers run in other folders.
+    storage, _, name = resolve_path(run.rstrip("/"), Path.cwd()).rpartition("/")
+    folder = RunFolder.of(storage, name)
+    record = folder.read_record()
+    if record is None:
+        raise UserError(f"{run}: no run there; give the folder of a run, such as runs/demo")
+    return folder, record
+
+
+def list_runs(storage: str) -> list[RunFolder]:
+    """Give the folders of all runs in `storage`, by name."""
+    root = RunFolder.of(storage, "")
+    selector = pafs.FileSelector(root.path.rstrip("/"), allow_not_found=True)
+    names = [PurePosixPath(item.path).name for item in root.filesystem.get_file_info(selector)
+             if item.type == pafs.FileType.Directory]  # fmt: skip
+    folders = [RunFolder.of(storage, name) for name in sorted(names)]
+    records = [f"{folder.path}/{RECORD}" for folder in folders]
+    return [folder for folder, info in
+            zip(folders, root.filesystem.get_file_info(records), strict=True)
+            if info.type == pafs.FileType.File]  # fmt: skip
 
 
 def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

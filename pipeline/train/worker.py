@@ -6,6 +6,7 @@ Enters: a `Job`, the same for all ranks. Leaves: checkpoints, metrics, events on
 import importlib.metadata
 import logging
 import os
+import pickle
 import shutil
 import tempfile
 import time
@@ -41,7 +42,7 @@ from pipeline.train.loop import Actions, Cadence, Left, Progress, Wish, run_loop
 from pipeline.train.objective import Objective, build_momentum, build_objective
 from pipeline.train.publish import Sender, agreed, fetch_derived, forget_after, keep
 from pipeline.train.pulse import Pulse
-from pipeline.train.start import load_start, starting_run
+from pipeline.train.start import load_outside, load_start, starting_run
 from pipeline.train.step import train_step
 from pipeline.train.store import RunFolder
 from pipeline.train.task import Module, TaskObjective, build_module, build_task_objective
@@ -117,13 +118,15 @@ def evaluate_worker(job: EvaluationJob) -> None:
             module.load_state_dict(load_weights(folder, read_meta(folder)["zero_stage"]))
         dtype = torch.bfloat16 if job.config.engine.precision == "bf16" else torch.float32
         module.to(device, dtype).eval()
-        metrics, _ = run_suite(job.suite, module, device, world_size, rank, with_probes=True)
+        metrics, sample = run_suite(job.suite, module, device, world_size, rank, in_full=True)
     except RunStop as error:
         if rank == 0:
             job.board.post("stopped", message=str(error))
         return
     if rank == 0:
         job.board.post("evaluation", metrics=metrics)
+        # As bytes: the board's process would import PyTorch to hold it, while the driver waits.
+        job.board.post("sample", sample=pickle.dumps(sample))
         job.board.leave()
 
 
@@ -294,7 +297,10 @@ class _Trainer:
                     keep(self.folder, f"{name}/{UNIVERSAL}", folder / UNIVERSAL)
 
     def _start(self, module: Module) -> None:
-        """Begin with the weights of another run."""
+        """Begin with the weights of another run, or of a model from elsewhere."""
+        init = self.config.model.init
+        if init is not None and load_outside(module, init):
+            return
         run = starting_run(self.config)
         with _agreed(run, run.checkpoints()) as found:
             if found is None:
@@ -428,14 +434,14 @@ class _Trainer:
             self.engine.device,
             self.world_size,
             self.rank,
-            with_probes=is_last,
+            in_full=is_last,
         )
         self.engine.train(True)
         if self.rank == 0:
             self._record(progress, {f"eval/{name}": value for name, value in metrics.items()})
             self._post("evaluation", step=progress.step, metrics=metrics)
             if is_last:
-                self._post("sample", sample=sample)
+                self._post("sample", sample=pickle.dumps(sample))
         self.meter.skip()
 
     def _checkpoint(self, progress: Progress) -> None:

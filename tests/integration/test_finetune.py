@@ -151,6 +151,46 @@ def test_text_assignment_comes_before_two_pictures(
     assert newest_step(tmp_path / "pairs", after=0)
 
 
+def test_the_whole_suite_measures_a_run_and_what_was_tuned_from_it(
+    pretrained: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    """One table, a result a file in the form of CLIP_benchmark, metrics and pictures in MLflow."""
+    folder, metrics = pretrained
+    runs, facts = folder / "runs", tmp_path / "facts.json"
+    config = _write(tmp_path, "vqa", folder)
+    run("finetune", str(config), f"cluster.storage={runs}", "name=answers", "train.epochs=1")
+    output = run("evaluate", str(runs / "tiny"), "--suite", "all", "--json", str(facts))
+    rows = [[cell.strip() for cell in line.split("│")] for line in output.splitlines()]
+    table = [row for row in rows if len(row) == 7]
+    assert [row[1:4:2] for row in table if row[0] == "tiny" and row[1] != "re-ranked"] == [
+        *(["retrieval", f"{way} R@{k}"] for way in ("text to image", "image to text")
+          for k in (1, 5, 10)),
+        ["zero-shot", "accuracy"], ["zero-shot", "mean class accuracy"],
+        *(["linear probe", f"accuracy, {shots} shots"] for shots in (5, 20, 50)),
+        ["linear probe", "accuracy, all rows"],
+    ]  # fmt: skip
+    assert [row[:2] for row in table if row[0] == "answers"] == [["answers", "vqa"]]
+    found = json.loads(facts.read_text())
+    assert found["metrics"].keys() > metrics.keys()
+    paths = list((runs / "tiny" / "suite").iterdir())
+    files = [json.loads(path.read_text()) for path in paths]
+    assert len(files) == len(found["results"]) == 8
+    assert all(each in found["results"] for each in files)
+    for each in files:
+        assert list(each) == ["dataset", "model", "pretrained", "task", "metrics", "language"]
+        assert (runs / each["model"] / each["pretrained"]).is_dir()
+    assert {each["task"] for each in files} == {
+        "zeroshot_retrieval", "reranked_retrieval", "zeroshot_classification", "linear_probe",
+        "vqa",
+    }  # fmt: skip
+    artifacts = {path.name for path in (runs / "mlartifacts").glob("*/artifacts/suite/*")}
+    drawn = {"zero_shot_shape.png", "text_to_image.png", "image_to_text.png", "answers.png"}
+    assert artifacts > drawn | {path.name for path in paths}
+    for name in ("linear_probe/shape/20_shots/spread", "vqa/accuracy"):
+        assert len(points(runs, f"suite/{name}")) == 1
+    assert not list(runs.glob("*/evaluate-*"))
+
+
 @pytest.mark.parametrize(
     ("command", "overrides", "message"),
     [

@@ -13,7 +13,7 @@ import simplejpeg
 
 from pipeline.data.layout import read_catalog
 from pipeline.data.prepare.job import Options, Sizes, prepare
-from pipeline.data.prepare.on_ray import OnRay, PrepareFailed
+from pipeline.data.prepare.on_ray import JobFailed, OnRay
 from tests.integration.run_cli import kill_group, run, wait_for
 
 pytestmark = pytest.mark.integration
@@ -114,9 +114,9 @@ def test_a_failed_task_ends_the_job_with_its_own_words() -> None:
     with OnRay() as on_ray:
         assert list(on_ray(fail, [])) == []
         assert list(on_ray(fail, [RuntimeError()] * 2)) == [{"done": 1}] * 2
-        with pytest.raises(PrepareFailed, match=r"^x\.parquet: row group 3 cannot be read$"):
+        with pytest.raises(JobFailed, match=r"^x\.parquet: row group 3 cannot be read$"):
             list(on_ray(fail, [RuntimeError("x.parquet: row group 3 cannot be read")]))
-        with pytest.raises(PrepareFailed, match=r"^KeyError at test_prepare\.py:\d+: 'key'$"):
+        with pytest.raises(JobFailed, match=r"^KeyError at test_prepare\.py:\d+: 'key'$"):
             list(on_ray(fail, [KeyError("key")]))
 
 

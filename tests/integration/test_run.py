@@ -78,7 +78,24 @@ def test_the_tracker_has_one_finished_run_with_every_point_once(
                  "system/cpu_utilization_percentage"):  # fmt: skip
         assert points(folder / "runs", name), name
     artifacts = {path.name for path in (folder / "runs" / "mlartifacts").rglob("*.*")}
-    assert {"config.yaml", "plan.txt", "curves.png", "dropped_rows.tsv"} <= artifacts
+    assert {"config.yaml", "plan.txt", "curves.png", "dropped_rows.tsv", "contact_sheet.png",
+            "confusion_shape.json", "report.html"} <= artifacts  # fmt: skip
+
+
+def test_the_report_at_the_end_is_that_of_the_command(
+    finished: tuple[Path, str, dict], tmp_path: Path
+) -> None:
+    folder, output, _ = finished
+    assert "no report of the run" not in output
+    (kept,) = (folder / "runs" / "mlartifacts").rglob("report.html")
+    text = kept.read_text()
+    for part in ("zero-shot accuracy, shape", "corrupt_image", 'alt="Pairs of the training data"',
+                 "Captions and the images found for them", "is \\ taken for", "modality gap",
+                 "gammaray evaluate", ">finished<", "computing steps"):  # fmt: skip
+        assert part in text, part
+    again = tmp_path / "again.html"
+    run("report", str(folder / "runs" / "tiny"), "--out", str(again))
+    assert again.read_text() == text
 
 
 def test_bad_rows_are_counted_and_named(finished: tuple[Path, str, dict]) -> None:
@@ -221,7 +238,10 @@ def test_zero_3_in_bf16_with_accumulation_and_every_structure(tmp_path: Path) ->
                  "in_modal_loss_image", "bridge_residual_at_0.250"):  # fmt: skip
         assert points(runs, f"train/structure/{name}"), name
     drawn = {path.name for path in (runs / "mlartifacts").rglob("*.png")}
-    assert drawn == {"curves.png", "bridge.png", "projection.png", "similarities.png"}
+    assert drawn == {
+        "curves.png", "bridge.png", "projection.png", "similarities.png", "zero_shot_shape.png",
+        "text_to_image.png", "image_to_text.png", "contact_sheet.png",
+    }  # fmt: skip
 
 
 def test_a_run_of_bad_rows_stops_early_and_says_why(tmp_path: Path) -> None:

@@ -1,16 +1,14 @@
 """A run on a real MLflow server: it goes on when the server dies or moves."""
 
 import os
-import signal
-import socket
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from pipeline.tracking.tracker import close_run, log_artifacts, log_metrics, open_run
+from tests.integration.mlflow_server import Server
 from tests.integration.run_cli import (
     checkpoint_at,
     finish,
@@ -26,54 +24,19 @@ from tests.integration.run_cli import (
 pytestmark = pytest.mark.integration
 
 
-class _Server:
-    """`mlflow server` with its files in a folder; may be started again, at another port."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-        self.uri = ""
-
-    def start(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{port}"
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1",
-             "--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db",
-             "--artifacts-destination", str(self._folder / "artifacts")],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        wait_for(self._answers)
-
-    def kill(self) -> None:
-        """SIGKILL the server and its workers, which share its session."""
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
-                return True
-        except OSError:
-            return False
-
-
 # Long enough to be caught in the middle: the server answers seconds after a step.
 LONG = {"epochs": 4, "checkpoint_every": 3}
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[_Server]:
-    server = _Server(tmp_path)
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path)
     server.start()
     yield server
     server.kill()
 
 
-def test_a_run_outlives_its_server_and_says_so(server: _Server, tmp_path: Path) -> None:
+def test_a_run_outlives_its_server_and_says_so(server: Server, tmp_path: Path) -> None:
     config = write_run(tmp_path, train=LONG, tracking={"uri": server.uri})
     driver = start("train", str(config))
     wait_for(lambda: checkpoint_at(tmp_path, 6) and points(tmp_path, "train/loss"))
@@ -85,7 +48,25 @@ def test_a_run_outlives_its_server_and_says_so(server: _Server, tmp_path: Path) 
     assert mlflow_runs(tmp_path) == ["RUNNING"]
 
 
-def test_a_run_follows_its_server_to_another_address(server: _Server, tmp_path: Path) -> None:
+def test_a_report_is_made_of_what_a_server_has(server: Server, tmp_path: Path) -> None:
+    """Its files come through the server, and the run is found by its name."""
+    ref = open_run(server.uri, "tests", "served", params={}, tags={}, run_id=None)
+    for samples in (10, 20):
+        log_metrics(ref, samples, {"train/loss": 1 / samples})
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / "plan.txt").write_text("Length: 2 steps.")
+    Image.new("RGB", (8, 8)).save(tmp_path / "left" / "contact_sheet.png")
+    log_artifacts(ref, tmp_path / "left")
+    close_run(ref, "FAILED")
+    out = tmp_path / "served.html"
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": server.uri}
+    finish(start("report", "served", "--out", str(out), env=environment))
+    text = out.read_text()
+    for part in ("Length: 2 steps.", 'alt="Pairs of the training data"', ">failed<", "<svg"):
+        assert part in text, part
+
+
+def test_a_run_follows_its_server_to_another_address(server: Server, tmp_path: Path) -> None:
     config = write_run(tmp_path, train=LONG, tracking={"uri": server.uri})
     driver = start("train", str(config))
     wait_for(lambda: checkpoint_at(tmp_path, 6) and points(tmp_path, "train/loss"))

@@ -8,9 +8,9 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -70,7 +70,21 @@ def plan_shards(summaries: list[dict[str, Any]], size: int) -> list[Shard]:
     ]
 
 
-def read_shards(store: Store, shards: list[Shard]) -> dict[int, dict[str, Any]]:
+class Named(Protocol):
+    """What becomes a file of its own in OUT."""
+
+    @property
+    def number(self) -> int:
+        """Its number among all."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        ...
+
+
+def read_shards(store: Store, shards: Sequence[Named]) -> dict[int, dict[str, Any]]:
     """The facts of the shards that are made, shown already or not, by number."""
     places = {name: f"{SHARDS}/{name}" for name in store.names(SHARDS)}
     places |= {name: name for name in store.names("") if name.endswith(".parquet")}

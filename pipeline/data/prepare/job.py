@@ -11,14 +11,14 @@ missing. OUT shows shards when all are made.
 Enters: IN, OUT, options. Leaves: shards and stats.json. Must not know: training, the model, Ray.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.data.prepare.files import ANSWER_LIST, find_files, read_answer_list
 from pipeline.data.prepare.gather import Gather, Shard, plan_shards, read_shards
-from pipeline.data.prepare.scatter import Part, Scatter, pack, read_parts, write_quarantine
+from pipeline.data.prepare.scatter import Scatter, pack, read_parts, write_quarantine
 from pipeline.data.prepare.sources import open_origin
 from pipeline.data.prepare.stats import add_counts, make_stats
 from pipeline.data.prepare.store import LISTING, PARTS, PLAN, QUARANTINE, SHARDS, STATS, WORK, Store
@@ -42,12 +42,28 @@ class Listener(Protocol):
         ...
 
 
-class _Silent:
+class Silent:
+    """Hears nothing."""
+
     def say(self, text: str) -> None:
-        pass
+        """A sentence."""
 
     def show(self, what: str, done: int, total: int) -> None:
-        pass
+        """How much of something is done."""
+
+
+class Item(Protocol):
+    """A part of the work; its result has the same `number`."""
+
+    @property
+    def number(self) -> int:
+        """Its number among all."""
+        ...
+
+    @property
+    def weight(self) -> int:
+        """How much of the work it is."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,9 +111,9 @@ def prepare(
 
     `run` applies a function to items, in any order, and gives its results. Raises `UserError`.
     """
-    sizes, listener = sizes or Sizes(), listener or _Silent()
+    sizes, listener = sizes or Sizes(), listener or Silent()
     store = Store(root=out)
-    _check_places(path, out)
+    check_places(path, out)
     record = {**asdict(options), "sizes": asdict(sizes), "format": FORMAT}
     begun = _look_at(store, record)
     found = find_files(path)
@@ -132,7 +148,7 @@ def prepare(
         buckets=max(1, -(-source.num_bytes // sizes.bucket)),
         buffer=sizes.buffer,
     )
-    summaries = _make_missing("reading", scatter, parts, read_parts(store, parts), run, listener)
+    summaries = make_missing("reading", scatter, parts, read_parts(store, parts), run, listener)
     write_quarantine(store, summaries)
     _check_any(store, summaries)
     shards = plan_shards(summaries, sizes.shard)
@@ -143,7 +159,7 @@ def prepare(
         has_split=any(summary["has_split"] for summary in summaries),
         task=source.reader.task,
     )
-    written = _make_missing("writing", gather, shards, read_shards(store, shards), run, listener)
+    written = make_missing("writing", gather, shards, read_shards(store, shards), run, listener)
     stats = make_stats(source, record, summaries, written)
     if source.reader.task == VQA and (answer_list := read_answer_list(found)) is not None:
         store.write(ANSWER_LIST, lambda sink: sink.write(answer_list))
@@ -151,15 +167,15 @@ def prepare(
     return Outcome(out=out, stats=stats, created=True)
 
 
-def _make_missing(
+def make_missing(
     what: str,
     function: Callable[[Any], dict[str, Any]],
-    items: list[Part] | list[Shard],
+    items: Sequence[Item],
     made: dict[int, dict[str, Any]],
     run: Runner,
     listener: Listener,
 ) -> list[dict[str, Any]]:
-    """Make the parts or shards that are missing in `made`; give what is known of all, in order."""
+    """Make the items that are missing in `made`; give what is known of all, in order."""
     weight = {item.number: item.weight for item in items}
     total = sum(weight.values())
     done = sum(weight[number] for number in made)
@@ -199,7 +215,8 @@ def _publish(store: Store, shards: list[Shard], stats: dict[str, Any]) -> None:
 # ---- what is already there -----------------------------------------------------------------------
 
 
-def _check_places(path: str, out: str) -> None:
+def check_places(path: str, out: str) -> None:
+    """Raise `UserError` where OUT lies in IN."""
     if "://" in path or "://" in out:
         return
     inside = Path(out).absolute()

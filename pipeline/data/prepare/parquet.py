@@ -106,22 +106,34 @@ def _with_second(row: SourceRow, other: pa.Table, index: int) -> SourceRow:
 
 def _labels(filesystem: pafs.FileSystem, path: str) -> list[str]:
     """The column that identifies rows of this file, and a column `split` of text."""
+    kinds = _read_kinds(filesystem, path)
+    has_split = SPLIT_NAME in kinds and not pa.types.is_nested(kinds[SPLIT_NAME])
+    return [*_keys(kinds), *([SPLIT_NAME] if has_split else [])]
+
+
+def key_columns(filesystem: pafs.FileSystem, path: str) -> list[str]:
+    """The column that identifies rows of this file, or none."""
+    return _keys(_read_kinds(filesystem, path))
+
+
+def _read_kinds(filesystem: pafs.FileSystem, path: str) -> dict[str, pa.DataType]:
+    """The type of each column whose name is its alone."""
 
     def read() -> pa.Schema:
         with filesystem.open_input_file(path) as file:
             return pq.read_schema(file)
 
     schema = retried(read, path, filesystem)
-    kinds = {
-        name: schema.field(name).type for name in schema.names if schema.names.count(name) == 1
-    }
+    return {name: schema.field(name).type for name in schema.names if schema.names.count(name) == 1}
+
+
+def _keys(kinds: dict[str, pa.DataType]) -> list[str]:
     keys = [
         name
         for name in KEY_NAMES
         if name in kinds and not (pa.types.is_nested(kinds[name]) or _is_bytes(kinds[name]))
     ]
-    has_split = SPLIT_NAME in kinds and not pa.types.is_nested(kinds[SPLIT_NAME])
-    return [*keys[:1], *([SPLIT_NAME] if has_split else [])]
+    return keys[:1]
 
 
 def _is_bytes(kind: pa.DataType) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.cli.screen import Screen
+from pipeline.cli.screen import Bar, Screen
 from pipeline.train.loop import Wish
 
 PLAN = SimpleNamespace(workers=2, samples=1000, global_batch=100)
@@ -92,3 +92,15 @@ def test_every_event_is_shown_or_ignored_on_purpose() -> None:
     kinds = re.findall(r'(?:post\(\s*|"kind": )"([a-z]+)"', text)
     assert len(set(kinds)) > 10
     assert set(kinds) == set(Screen(Console(file=io.StringIO()))._handlers)
+
+
+def test_a_bar_says_how_fast_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was done before it began is not counted."""
+    now = [100.0]
+    monkeypatch.setattr("pipeline.cli.screen.time.monotonic", lambda: now[0])
+    text = io.StringIO()
+    with Bar(Console(file=text, width=200), "rows") as bar:
+        bar.show("embedding", 500, 2500)
+        now[0] += 20
+        bar.show("embedding", 1500, 2500)
+    assert text.getvalue() == "embedding 20%\nembedding 60%  50 rows/s  ETA 0:00:20\n"

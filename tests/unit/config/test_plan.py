@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.plan import Facts, Plan, find_contradictions, make_plan, resize
 from pipeline.config.schema import Config, LossKind
-from tests.tiny import tiny_config
+from tests.tiny import FUSION, tiny_config
 
 FACTS = Facts(
     train_rows=1000,
@@ -333,3 +333,16 @@ def test_a_comparator_that_needs_the_whole_batch_is_never_accumulated() -> None:
         assert not find_contradictions(resized)
         again, _ = make_plan(resized, FACTS)
         assert (again.global_batch, again.micro_batch) == expected
+
+
+def test_a_tasks_momentum_model_is_planned_for_and_assignment_has_none() -> None:
+    def config(kind: str, share: float) -> Config:
+        return tiny_config(model=FUSION, task={"kind": kind, "distillation": share})
+
+    (plain, _), (slow, problems) = (make_plan(config("vqa", s), FACTS) for s in (0.0, 0.4))
+    assert not problems
+    assert (plain.task, plain.momentum) == ("fine-tuned for vqa", False)
+    assert slow.task == "fine-tuned for vqa, 40% of the targets by a momentum model"
+    assert slow.momentum
+    assert slow.checkpoint_bytes == plain.checkpoint_bytes + 4 * FACTS.num_parameters
+    assert _places(config("assignment", 0.4)) == ["task.distillation"]

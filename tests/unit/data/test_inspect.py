@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.cli import main
 from pipeline.data import inspect as inspect_module
 from pipeline.data.inspect import inspect
-from pipeline.data.layout import read_catalog
+from pipeline.data.layout import mix, read_catalog
 
 
 def _picture(width: int, height: int, kind: str = "JPEG") -> bytes:
@@ -57,6 +57,18 @@ def test_a_sample_is_counted_by_what_it_is(folder: Path) -> None:
     assert quantiles["rows a row group"] == pytest.approx([2, 3, 3.9, 4])
     assert [caption for _, caption in found.pairs] == ["two words", "a", "b", "c", "x", "y"]
     assert found.advice() == []
+
+
+def test_few_rows_of_a_mixture_come_from_all_its_sources(folder: Path, tmp_path: Path) -> None:
+    """Its sources have columns of other names."""
+    other = tmp_path / "other"
+    other.mkdir()
+    rows = {"image": [_picture(8, 8)] * 4, "text": ["p", "q", "r", "s"]}
+    pq.write_table(pa.table(rows), other / "0.parquet")
+    catalogs = [read_catalog(str(path), "data.train") for path in (folder / "1.parquet", other)]
+    found = inspect(mix(catalogs, [1, 1], "data.train"), rows=4, groups=2)
+    assert found.rows_read == 4
+    assert len({caption for _, caption in found.pairs} & {"p", "q", "r", "s"}) == 2
 
 
 def test_advice_names_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

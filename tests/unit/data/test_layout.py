@@ -352,3 +352,21 @@ def test_classes_are_the_distinct_values_of_all_shards_as_text(tmp_path: Path) -
 )
 def test_as_captions(cell: object, captions: list[str]) -> None:
     assert as_captions(cell) == captions
+
+
+def test_either_side_will_do_where_it_is_said(tmp_path: Path) -> None:
+    _write(tmp_path / "images" / "0.parquet", jpg=IMAGES, number=[1, 2])
+    _write(tmp_path / "texts" / "0.parquet", text=TEXTS, number=[1, 2])
+    _pairs(tmp_path / "both" / "0.parquet")
+    said = {}
+    for name in ("images", "texts", "both"):
+        catalog = read_catalog(str(tmp_path / name), "IN", either=True)
+        columns = catalog.sources[0].columns
+        said[name] = (columns.image, columns.caption)
+        assert ("no caption column" in catalog.describe()) == (name == "images")
+        assert ("no image column" in catalog.describe()) == (name == "texts")
+    assert said == {"images": ("jpg", ""), "texts": ("", "text"), "both": ("image", "caption")}
+    with pytest.raises(UserError, match="no caption column in"):
+        read_catalog(str(tmp_path / "images"), "IN")
+    with pytest.raises(UserError, match=r"^data.caption_column: 'words' is not in"):
+        read_catalog(str(tmp_path / "images"), "IN", caption="words", either=True)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.errors import RunStop
-from pipeline.evaluate.embed import Embedded, Parts, embed_rows
+from pipeline.evaluate.embed import Embedded, Parts, _small, embed_rows
 from pipeline.train.module import build_pretraining
 from tests.tiny import tiny_batch, tiny_config, tiny_pairs, tiny_tokenizer
 
@@ -57,3 +57,32 @@ def test_a_part_that_was_not_trained_is_refused() -> None:
     assert torch.equal(rows.chosen("shared")[0], rows.image)
     with pytest.raises(RunStop, match="no independent features"):
         rows.chosen("both")
+
+
+def test_pictures_and_captions_are_kept_for_those_who_look() -> None:
+    """Every image once, shrunk by areas, and the tokens of every caption in its place."""
+    batches = [tiny_batch(3, rows=3, seed=0, captions=2), tiny_batch(3, rows=2, seed=1)]
+    images = torch.cat([batch.images[: batch.rows] for batch in batches])
+    module = build_pretraining(tiny_config(), tiny_tokenizer()).eval()
+    rows = embed_rows(
+        lambda images, tokens: module(images, tokens).parts,
+        iter(batches),
+        tiny_pairs(3),
+        torch.device("cpu"),
+        keeps_pictures=True,
+    )
+    assert rows.unfused is None
+    assert rows.seen is not None
+    assert rows.seen.first == 0
+    assert torch.equal(torch.stack(rows.seen.pictures), images)
+    first, more = rows.seen.tokens[:5], rows.seen.tokens[5:]
+    assert torch.equal(first, torch.cat([batch.tokens[: batch.rows] for batch in batches]))
+    assert [row.tolist() for row in more] == [cell[0].tolist() for cell in batches[0].more_tokens]
+
+
+def test_a_large_picture_is_shrunk_by_areas() -> None:
+    large = torch.zeros(1, 192, 192, 3, dtype=torch.uint8)
+    large[0, ::2] = 200
+    small = _small(large)
+    assert small.shape == (1, 96, 96, 3)
+    assert (small == 100).all()

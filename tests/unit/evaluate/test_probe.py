@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.errors import RunStop
-from pipeline.evaluate.probe import DRAWS, _fit, chance, few_shot, linear_probe
+from pipeline.evaluate.probe import DRAWS, _fit, _split, chance, few_shot, linear_probe
 
 
 def _clusters(rows: int, noise: float, seed: int) -> tuple[torch.Tensor, list[str]]:
@@ -107,3 +107,15 @@ def test_more_shots_say_more() -> None:
     others, truth = _clusters(300, 0.6, 1)
     few, many = (few_shot(x, y, others, truth, shots)[0] for shots in (2, 80))
     assert few < many <= linear_probe(x, y, others, truth) + 0.03
+
+
+def test_the_penalty_is_chosen_on_a_fifth_of_each_class() -> None:
+    """Of five rows one, of twelve two, of two one, of one none."""
+    y = torch.tensor([0] * 5 + [1] * 12 + [2] * 2 + [3])
+    held, kept = _split(y, seed=0)
+    assert y[held].bincount(minlength=4).tolist() == [1, 2, 1, 0]
+    assert sorted([*held.tolist(), *kept.tolist()]) == [*range(20)]
+    assert _split(y, seed=0)[0].tolist() == held.tolist()
+    assert _split(y, seed=1)[0].tolist() != held.tolist()
+    held, kept = _split(torch.tensor([0, 1, 2]), seed=0)
+    assert sorted(held.tolist()) == sorted(kept.tolist()) == [0, 1, 2]

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.cli.runs import headline
 from pipeline.config.plan import find_contradictions
 from pipeline.config.schema import EvaluateConfig
 from pipeline.errors import RunStop
 from pipeline.evaluate.embed import Embedded, Unfused, embed_rows
+from pipeline.evaluate.headline import headline
 from pipeline.evaluate.rerank import Match, rerank
 from pipeline.evaluate.retrieval import Ranks, rank_by_contrast, recalls
 from pipeline.evaluate.suite import _retrieval
@@ -241,9 +241,9 @@ def test_only_a_fusion_model_with_retrieval_re_ranks() -> None:
 
 def test_both_are_measured_and_the_headline_shows_both() -> None:
     rows, scores = _random(12, 1, 0)
-    match = _match_of(scores)
-    plain = dict(_retrieval(EvaluateConfig(), match, rows, CPU))
-    metrics = {"rows": 12.0, **dict(_retrieval(EvaluateConfig(rerank=5), match, rows, CPU))}
+    match, ranks = _match_of(scores), rank_by_contrast(rows.image, rows.text, rows.owners)
+    plain = dict(_retrieval(EvaluateConfig(), match, rows, ranks, CPU))
+    metrics = {"rows": 12.0, **dict(_retrieval(EvaluateConfig(rerank=5), match, rows, ranks, CPU))}
     anew = dict(recalls(_anew(rows, match, 5)))
     assert metrics == {
         "rows": 12.0, **plain, **{f"retrieval_reranked/{name}": anew[name] for name in anew}

@@ -71,6 +71,16 @@ def test_mean_class_accuracy_weighs_classes_alike() -> None:
     assert measured["mean_class_accuracy"] == pytest.approx(1 / 2)
 
 
+def test_top_5_accuracy_is_told_of_more_than_five_classes() -> None:
+    """Each image likes the classes in the order of their numbers; the last is liked least."""
+    image = _axis([6.0, 5, 4, 3, 2, 1]).repeat(3, 1)
+    measured = dict(zero_shot(image, ["a", "e", "f"], list("abcdef"), torch.eye(6)))
+    assert measured["accuracy"] == pytest.approx(1 / 3)
+    assert measured["top_5_accuracy"] == pytest.approx(2 / 3)
+    five = dict(zero_shot(image[:, :5], ["a", "e", "e"], list("abcde"), torch.eye(5)))
+    assert "top_5_accuracy" not in five
+
+
 def test_zero_shot_refuses_unknown_or_no_labels() -> None:
     image, weights = _axis([1.0, 0]), _axis([1.0, 0], [0, 1.0])
     with pytest.raises(RunStop, match=r"labels \['c'\] are not among"):

@@ -20,11 +20,13 @@ from pipeline.tracking.plots import (
     plot_similarities,
 )
 from pipeline.tracking.tracker import (
+    Input,
     MetricLog,
     RunRef,
     check_reachable,
     close_run,
     log_artifacts,
+    log_inputs,
     open_run,
     read_history,
     tracking_uri,
@@ -134,6 +136,24 @@ def test_status_and_artifacts_arrive(ref: RunRef, client: "MlflowClient", tmp_pa
     assert list((database.parent / "mlartifacts").rglob("plan.txt"))
 
 
+def test_the_data_sets_of_a_run_can_be_searched_for(ref: RunRef, client: "MlflowClient") -> None:
+    train = Input(role="training", source="/data/cc3m/train", digest="0123456789ab", rows=300)
+    val = Input(role="evaluation", source="s3://b/a/val?region=x, /c/d", digest="ba", rows=60)
+    log_inputs(ref, [train, val])
+    found = client.get_run(ref.run_id).inputs.dataset_inputs
+    described = {
+        each.tags[0].value: (each.dataset.name, each.dataset.source_type, each.dataset.profile)
+        for each in found
+    }
+    assert described == {
+        "training": ("cc3m/train", "local", '{"num_rows": 300}'),
+        "evaluation": ("a/val, c/d", "s3", '{"num_rows": 60}'),
+    }
+    experiment = client.get_run(ref.run_id).info.experiment_id
+    (run,) = client.search_runs([experiment], "dataset.digest = '0123456789ab'")
+    assert run.info.run_id == ref.run_id
+
+
 def test_points_arrive_in_order_of_their_steps(ref: RunRef) -> None:
     points = [(step, {"train/loss": 1 / step, "train/step": step}) for step in range(1, 51)]
     _log_all(ref, *points)
@@ -189,8 +209,9 @@ def test_a_dead_server_stops_no_one(caplog: pytest.LogCaptureFixture, tmp_path: 
     assert "1000 metric points could not be delivered" in caplog.text
     (tmp_path / "plan.txt").write_text("a plan")
     log_artifacts(DEAD, tmp_path)
+    log_inputs(DEAD, [])
     close_run(DEAD, "FINISHED")
-    for what in ("log artifacts", "end the run"):
+    for what in ("log artifacts", "log the data sets", "end the run"):
         assert f"MLflow: could not {what}: " in caplog.text
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,18 @@ def test_who_finds_another_in_its_place_knows_it(
 
 def _change(run: RunFolder, **values: object) -> None:
     run.write_text(LEASE, json.dumps({**json.loads(run.read_text(LEASE) or ""), **values}))
+
+
+def test_a_dying_driver_is_waited_for(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "PATIENCE", 1.0)
+    lease.wait_for_the_dead(run)  # nobody has it
+    dying = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    Lease(run).renew()
+    _change(run, pid=dying.pid, started=lease.psutil.Process(dying.pid).create_time())
+    began = time.monotonic()
+    lease.wait_for_the_dead(run)
+    assert time.monotonic() - began > 0.9, "it lives"
+    dying.communicate(b"\n")
+    monkeypatch.setattr(lease, "PATIENCE", 60.0)
+    lease.wait_for_the_dead(run)
+    assert time.monotonic() - began < 30

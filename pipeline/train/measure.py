@@ -1,0 +1,226 @@
+"""What `gammaray evaluate` measures of a run, and where it keeps what it found.
+
+With `--suite all` also what the run's config does not name: few-shot probes, and the runs that were
+fine-tuned from it, each by its own task. Enters: a run. Leaves: `Evaluation`s for the driver; of
+what it measured, files beside the run and points, figures and files in MLflow.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.load import override_values, parse_config
+from pipeline.config.schema import Config, LinearProbeTask
+from pipeline.data.layout import read_catalog, read_classes
+from pipeline.errors import UserError
+from pipeline.evaluate.probe import SHOTS
+from pipeline.evaluate.report import Result, results
+from pipeline.evaluate.suite import Sample, Suite, TaskSample
+from pipeline.tracking import tracker
+from pipeline.train.figures import draw_sample
+from pipeline.train.preflight import prepare_evaluation
+from pipeline.train.store import META, RunFolder, RunRecord, list_runs
+
+SUITE = "suite"  # the folder of results, of artifacts, and the prefix of metrics
+WHERE = ("cluster.", "tracking.")  # what is overridden for the fine-tuned runs too
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """A checkpoint of a run, and what it is to be measured by."""
+
+    folder: RunFolder
+    record: RunRecord
+    config: Config
+    checkpoint: str
+    suite: Suite
+
+    @property
+    def name(self) -> str:
+        """The run's name: that of its folder."""
+        return _name(self.folder)
+
+    @property
+    def mlflow(self) -> tracker.RunRef:
+        """Its MLflow run, at the URI the config has now (a server may move)."""
+        uri = tracker.tracking_uri(self.config.tracking.uri, self.config.cluster.storage)
+        return tracker.RunRef(uri=uri, run_id=self.record.mlflow_run_id)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What an evaluation found, or why it failed."""
+
+    asked: Evaluation
+    metrics: dict[str, float]
+    sample: Sample | TaskSample | None
+    failure: str | None = None
+
+    @property
+    def results(self) -> list[Result]:
+        """The same, task by task; none if it failed."""
+        return [] if self.failure is not None else results(self.asked.config, self.metrics)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The results in the form of CLIP_benchmark's output."""
+        return [each.to_json(self.asked.name, self.asked.checkpoint) for each in self.results]
+
+
+def _name(folder: RunFolder) -> str:
+    return folder.path.rsplit("/", 1)[-1]
+
+
+def ask(folder: RunFolder, config: Config, checkpoint: str | None = None) -> Evaluation:
+    """Ask for what `config` names, of the newest checkpoint or the named one.
+
+    Raises `UserError` when there is none, or the rows or resources are lacking.
+    """
+    record = folder.read_record()
+    names = folder.checkpoints()
+    if record is None or not names:
+        raise UserError(
+            f"{folder.url}: no run with a checkpoint there; give the folder of a run, such as "
+            "runs/demo"
+        )
+    chosen = checkpoint or names[-1]
+    if chosen not in names:
+        raise UserError(f"{folder.url}: no checkpoint {chosen!r}; it has {names}")
+    suite = prepare_evaluation(config, record)
+    return Evaluation(folder=folder, record=record, config=config, checkpoint=chosen, suite=suite)
+
+
+def ask_all(
+    folder: RunFolder, config: Config, checkpoint: str | None, overrides: Sequence[str], say: Say
+) -> list[Evaluation]:
+    """Ask for all that the run can be measured by: the run itself first, then those tuned from it.
+
+    What is left out is told to `say`, with the reason. Of the `overrides`, which `config` has,
+    those of cluster and tracking hold for the other runs too. Raises `UserError` as `ask`, for the
+    run itself.
+    """
+    asked = [ask(folder, _with_probes(config, say), checkpoint)]
+    where = [override for override in overrides if override.startswith(WHERE)]
+    for tuned, record in _tuned_from(folder, say):
+        try:
+            values = override_values(record.config, where)
+            asked.append(ask(tuned, parse_config(values, tuned.url)))
+        except UserError as error:
+            say(f"run {_name(tuned)} is left out: {error}")
+    return asked
+
+
+def _with_probes(config: Config, say: Say) -> Config:
+    """`config` with a probe, few-shot and full, of each zero-shot column that has none."""
+    if config.task is not None:
+        return config
+    probed = {task.column for task in config.evaluate.linear_probe}
+    more = []
+    for task in config.evaluate.zero_shot:
+        if task.column in probed:
+            continue
+        try:
+            path = _training_set(config, task.column)
+            more.append(LinearProbeTask(column=task.column, train=path, shots=SHOTS))
+        except UserError as error:
+            say(f"no probe of {task.column}: {error}")
+    probes = (*config.evaluate.linear_probe, *more)
+    evaluate = config.evaluate.model_copy(update={"linear_probe": probes})
+    return config.model_copy(update={"evaluate": evaluate})
+
+
+def _training_set(config: Config, column: str) -> str:
+    """The path of training rows with labels to fit a probe to. Raises `UserError` without."""
+    remedy = "name the set with evaluate.linear_probe"
+    data = config.data
+    if len(data.train) != 1:
+        raise UserError(f"data.train: mixes {len(data.train)} sources; {remedy}")
+    source = data.train[0]
+    if source.image_column or source.caption_column:
+        raise UserError(f"data.train: names columns of its own, data.val has others; {remedy}")
+    split = source.split or data.train_split
+    catalog = read_catalog(
+        source.path, "data.train", data.image_column, data.caption_column, [column], split
+    )
+    if catalog.sources[0].columns.split:
+        raise UserError(f"data.train: is a part of {source.path}, chosen by its splits; {remedy}")
+    if source.path == data.val:
+        raise UserError(f"data.train: {source.path} is data.val too; {remedy}")
+    if len(read_classes(catalog, column)) < 2:
+        raise UserError(f"data.train: '{column}' has fewer than two labels there; {remedy}")
+    return source.path
+
+
+def _tuned_from(start: RunFolder, say: Say) -> Iterator[tuple[RunFolder, RunRecord]]:
+    """The runs beside `start` that begin with it, or with one that does."""
+    storage, _, _ = start.url.rpartition("/")
+    begun: dict[str, list[tuple[RunFolder, RunRecord]]] = {}
+    for folder in list_runs(storage):
+        try:
+            record = folder.read_record()
+        except UserError as error:
+            say(f"run {_name(folder)} is left out: {error}")
+            continue
+        init = record and record.config["model"].get("init")
+        if record and init:
+            begun.setdefault(init.rstrip("/"), []).append((folder, record))
+    waiting = begun.pop(start.url.rstrip("/"), [])
+    while waiting:
+        folder, record = waiting.pop(0)
+        yield folder, record
+        waiting += begun.pop(folder.url, [])
+
+
+def keep(measured: Sequence[Measured]) -> list[str]:
+    """Keep what was measured, the first run's and those tuned from it; give the files' URLs.
+
+    Each run's MLflow run gets `suite/...` metrics at the samples its checkpoint has seen, and
+    figures. All results, a file each, go to the first run's folder and its MLflow run. A tracker
+    that does not answer is only warned of.
+    """
+    for each in measured:
+        if each.failure is None:
+            _keep_one(each)
+    first = measured[0].asked
+    records = [record for each in measured for record in each.records]
+    if not records:
+        return []
+    files = {_file_name(record): json.dumps(record, indent=1) + "\n" for record in records}
+    first.folder.remove(SUITE)
+    first.folder.filesystem.create_dir(f"{first.folder.path}/{SUITE}")
+    for name, text in files.items():
+        first.folder.write_text(f"{SUITE}/{name}", text)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / SUITE
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        tracker.log_artifacts(first.mlflow, Path(temporary))
+    return [f"{first.folder.url}/{SUITE}/{name}" for name in files]
+
+
+def _keep_one(measured: Measured) -> None:
+    asked = measured.asked
+    meta = asked.folder.read_text(f"{asked.checkpoint}/{META}")
+    assert meta is not None, "its checkpoint was read"
+    points = {f"{SUITE}/{name}": value for name, value in measured.metrics.items()}
+    tracker.log_metrics(asked.mlflow, json.loads(meta)["progress"]["samples"], points)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / SUITE
+        folder.mkdir()
+        draw_sample(measured.sample, folder)
+        tracker.log_artifacts(asked.mlflow, Path(temporary))
+
+
+def _file_name(record: dict[str, Any]) -> str:
+    """A name of its own for each result."""
+    shots = record["metrics"].get("fewshot_k", -1)
+    parts = [record["dataset"], record["model"], record["task"]]
+    if shots > 0:
+        parts.append(f"{shots}_shots")
+    return re.sub(r"[^\w\-.]+", "_", "_".join(parts)) + ".json"

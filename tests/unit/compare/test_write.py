@@ -1,0 +1,86 @@
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.compare.curves import Course
+from pipeline.compare.figures import draw_curves, draw_pareto
+from pipeline.compare.group import group_runs
+from pipeline.compare.measure import Comparison, Spread, compare
+from pipeline.compare.write import say, say_time, write_files
+from tests.unit.compare.runs import RECALL, course, tracked
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    ways = {
+        "a0": course(1.0, 0.1, 0.2, 0.3, 0.4),
+        "a1": course(1.0, 0.1, 0.3, 0.4, 0.6),
+        "b0": course(0.5, 0.1, 0.2, 0.2, 0.25),
+        "b1": course(0.5, 0.3),
+    }
+    runs = [
+        tracked(
+            name,
+            int(name[1]),
+            status="KILLED" if name == "b1" else "FINISHED",
+            metrics={RECALL: way.points[RECALL][-1][1]},
+            loss__kind=name[0],
+            data__train="/a|b",
+        )
+        for name, way in ways.items()
+    ]
+    courses = {run.ref.run_id: ways[run.name] for run in runs}
+    return compare(group_runs(runs), [RECALL], courses)
+
+
+def test_cells_say_mean_spread_and_how_many_if_not_all() -> None:
+    assert say(RECALL, Spread(0.5, 0.0123, 3), 3) == "50.0 ± 1.2"
+    assert say(RECALL, Spread(0.5, None, 1), 3) == "50.0 (1)"
+    assert say("train/loss", Spread(1.5, 0.25, 2), 2) == "1.5000 ± 0.2500"
+    assert say("train/loss", None, 2) == "-"
+    assert say_time(Spread(7200.0, 60.0, 2)) == "120.0 ± 1.0 minutes"
+    assert say_time(Spread(36000.0, None, 1), "worker-") == "10.0 worker-hours"
+    assert say_time(None) == "-"
+
+
+def test_the_files_have_all_numbers_and_all_runs(comparison: Comparison, tmp_path: Path) -> None:
+    write_files(comparison, ["curves.png"], tmp_path)
+    text = (tmp_path / "comparison.md").read_text()
+    assert text.startswith("# 4 run(s) of 2 config(s)\n")
+    for line in (
+        "| loss.kind | a | b |",
+        "| A: loss.kind=a | 2 | 4.0 ± 0.0 seconds | 4.0 ± 0.0 worker-seconds |",
+        f"**{RECALL}, %**",
+        "| A (2) | 50.0 ± 14.1 | 50.0 ± 14.1 | 50.0 ± 14.1 | 25.0 ± 7.1 | yes |",
+        "| B (1 of 2) | 25.0 | 25.0 | 25.0 | 25.0 | yes |",
+        "| B | b1 | 1 | stopped, at 10 samples | 10 | 30.0 | id-of-b1 |",
+        "![curves](curves.png)",
+    ):
+        assert line in text
+    facts = json.loads((tmp_path / "comparison.json").read_text())
+    first = facts["groups"][0]
+    final = first["metrics"][RECALL]["final"]
+    assert final == {"mean": 0.5, "sd": pytest.approx(0.2 / 2**0.5), "n": 2}
+    assert [run["metrics"][RECALL]["final"] for run in first["runs"]] == [0.4, 0.6]
+    assert first["runs"][1]["metrics"][RECALL]["best"] == {"value": 0.6, "samples": 40}
+    assert facts["metrics"][RECALL]["pareto_front"] == ["A", "B"]
+    assert facts["differs"] == {"loss.kind": ["a", "b"]}
+
+
+def test_figures_are_drawn_where_there_is_something_to_draw(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    for draw in (draw_curves, draw_pareto):
+        path = tmp_path / f"{draw.__name__}.png"
+        assert draw(comparison, path)
+        with Image.open(path) as image:
+            assert image.size[0] > 600
+            assert len(image.convert("RGB").getcolors(1 << 20) or []) > 10
+    run = tracked("a")
+    nothing = Course(points={name: [] for name in course(1.0).points})
+    empty = compare(group_runs([run]), [], {run.ref.run_id: nothing})
+    assert not draw_curves(empty, tmp_path / "none.png")
+    assert not draw_pareto(empty, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()

@@ -1,0 +1,314 @@
+"""The forms of an export: what is in them, that others read them, what is refused."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline import cli
+from pipeline.data.answers import AnswerList
+from pipeline.data.decode import Asked
+from pipeline.errors import UserError
+from pipeline.export.forms import Form, export_run
+from pipeline.tracking import tracker
+from pipeline.tracking.tracker import MetricLog
+from pipeline.train.store import RunFolder, RunRecord
+from pipeline.train.task import build_module
+from tests.tiny import CAPTIONS, FUSION, tiny_config, tiny_module, tiny_tokenizer
+from tests.tiny_run import in_fresh_process, largest_difference, publish_module, tiny_inputs
+
+Run = tuple[RunFolder, RunRecord]
+SIGMOID = {"loss": {"kind": "sigmoid_local"}, "structure": {"separation": {"weight": 1.0}}}
+TOLERANCES = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 2e-2}
+
+
+def _run(folder: Path, **sections: dict[str, Any]) -> Run:
+    config = tiny_config(**sections)
+    return publish_module(folder, config, tiny_module(config))
+
+
+def _export(run: Run, out: Path, form: Form, dtype: str = "fp32") -> Path:
+    export_run(*run, out, form=form, dtype=dtype)
+    return out
+
+
+def _embeddings(**sections: dict[str, Any]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        found = tiny_module(tiny_config(**sections)).eval()(*tiny_inputs())
+    return {"image": found.image, "text": found.text}
+
+
+def test_each_dtype_in_a_fresh_process(tmp_path: Path) -> None:
+    """Two-tower and fusion, beside what is fp32 to rounding in tests/distributed."""
+    expected, folders = {}, []
+    for kind, model in (("two_tower", {}), ("fusion", FUSION)):
+        run = _run(tmp_path / kind, model=model)
+        for dtype in TOLERANCES:
+            folders.append(_export(run, tmp_path / f"{kind}-{dtype}", "transformers", dtype))
+            expected[folders[-1]] = _embeddings(model=model)
+    found = in_fresh_process(tmp_path / "work", folders)
+    for folder in folders:
+        tolerance = TOLERANCES[folder.name.split("-")[1]]
+        assert largest_difference(found[folder], expected[folder]) < tolerance, folder
+    weights = load_file(tmp_path / "two_tower-bf16" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+
+
+# ---- OpenCLIP ------------------------------------------------------------------------------------
+
+
+def _open_clip(
+    weights: dict[str, Tensor], config: dict[str, Any], pixels: Tensor, tokens: Tensor
+) -> dict[str, Tensor]:
+    """What open_clip's model gives, written out from its source: names, places, order of parts."""
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    images = F.conv2d(pixels, weights["visual.conv1.weight"], stride=vision["patch_size"])
+    images = images.flatten(2).transpose(1, 2)
+    first = weights["visual.class_embedding"].expand(len(images), 1, -1)
+    images = torch.cat([first, images], dim=1) + weights["visual.positional_embedding"]
+    images = _norm(weights, "visual.ln_pre", images)
+    heads = vision["width"] // vision["head_width"]
+    images = _blocks(weights, "visual.", images, vision["layers"], heads, config, None)
+    image = _norm(weights, "visual.ln_post", images[:, 0]) @ weights["visual.proj"]
+    length = tokens.shape[1]
+    texts = weights["token_embedding.weight"][tokens] + weights["positional_embedding"][:length]
+    later = torch.full((length, length), -torch.inf).triu(1)
+    texts = _blocks(weights, "", texts, text["layers"], text["heads"], config, later)
+    texts = _norm(weights, "ln_final", texts)
+    assert text["pool_type"] == "eos"
+    ends = (tokens == text["eos_id"]).int().argmax(dim=1)
+    chosen = texts[torch.arange(len(texts)), ends] @ weights["text_projection"]
+    return {"image": F.normalize(image, dim=-1), "text": F.normalize(chosen, dim=-1)}
+
+
+def _blocks(
+    weights: dict[str, Tensor],
+    tower: str,
+    states: Tensor,
+    layers: int,
+    heads: int,
+    config: dict[str, Any],
+    mask: Tensor | None,
+) -> Tensor:
+    width = states.shape[2]
+    for layer in range(layers):
+        name = f"{tower}transformer.resblocks.{layer}"
+        attention = torch.nn.MultiheadAttention(width, heads, batch_first=True)
+        prefix = f"{name}.attn."
+        attention.load_state_dict(
+            {key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)}
+        )
+        plain = _norm(weights, f"{name}.ln_1", states)
+        states = states + attention(plain, plain, plain, need_weights=False, attn_mask=mask)[0]
+        inner = _linear(weights, f"{name}.mlp.c_fc", _norm(weights, f"{name}.ln_2", states))
+        inner = inner * torch.sigmoid(1.702 * inner) if config["quick_gelu"] else F.gelu(inner)
+        states = states + _linear(weights, f"{name}.mlp.c_proj", inner)
+    return states
+
+
+def _norm(weights: dict[str, Tensor], name: str, states: Tensor) -> Tensor:
+    return F.layer_norm(
+        states, states.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"]
+    )
+
+
+def _linear(weights: dict[str, Tensor], name: str, states: Tensor) -> Tensor:
+    return F.linear(states, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_open_clip_form_is_the_same_model(tmp_path: Path, activation: str) -> None:
+    sections = {"model": {"activation": activation}, **SIGMOID}
+    out = _export(_run(tmp_path, **sections), tmp_path / "out", "openclip")
+    given = json.loads((out / "open_clip_config.json").read_text())
+    weights = load_file(out / "open_clip_model.safetensors")
+    images, tokens = tiny_inputs()
+    pictures = given["preprocess_cfg"]
+    assert pictures["resize_mode"] == "shortest"
+    mean, std = (torch.tensor(pictures[name]).view(3, 1, 1) for name in ("mean", "std"))
+    pixels = (images.permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.no_grad():
+        found = _open_clip(weights, given["model_cfg"], pixels, tokens.long())
+    assert largest_difference(found, _embeddings(**sections)) < 1e-5
+    assert weights["logit_scale"].item() == pytest.approx(math.log(1 / 0.07), rel=1e-5)
+    assert weights["logit_bias"].item() == -10.0
+    assert given["model_cfg"]["init_logit_bias"] is not None
+    assert given["model_cfg"]["quick_gelu"] == (activation == "quick_gelu")
+    assert weights.keys() == _open_clip_names(layers=2), "open_clip loads strictly"
+
+
+def _open_clip_names(layers: int) -> set[str]:
+    """Of open_clip's CLIP with a logit bias."""
+    norms = ["visual.ln_pre", "visual.ln_post", "ln_final"]
+    names = {"logit_scale", "logit_bias", "token_embedding.weight", "positional_embedding",
+             "text_projection", "visual.proj", "visual.class_embedding", "visual.conv1.weight",
+             "visual.positional_embedding"}  # fmt: skip
+    for tower in ("visual.", ""):
+        for layer in range(layers):
+            block = f"{tower}transformer.resblocks.{layer}"
+            parts = ("ln_1", "ln_2", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
+            norms += [f"{block}.{part}" for part in parts]
+            names |= {f"{block}.attn.in_proj_weight", f"{block}.attn.in_proj_bias"}
+    return names | {f"{name}.{kind}" for name in norms for kind in ("weight", "bias")}
+
+
+# ---- safetensors, tokenizer, card ----------------------------------------------------------------
+
+
+def test_safetensors_form_holds_everything(tmp_path: Path) -> None:
+    config = tiny_config(model=FUSION, task={"kind": "classification"})
+    asked = Asked(answers=AnswerList(names=("no", "yes"), is_open=False))
+    module = build_module(config, tiny_tokenizer(), asked)
+    run, record = publish_module(tmp_path, config, module)
+    record = RunRecord(**{**_fields(record), "asked": asked})
+    out = _export((run, record), tmp_path / "out", "safetensors")
+    weights = load_file(out / "model.safetensors")
+    assert weights.keys() == module.state_dict().keys()
+    for name, value in module.state_dict().items():
+        assert torch.equal(weights[name], value), name
+    assert {"config.yaml", "tokenizer.json", "README.md"} <= {path.name for path in out.iterdir()}
+
+
+def _fields(record: RunRecord) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in RunRecord.__slots__}
+
+
+def test_the_tokenizer_gives_our_ids(tmp_path: Path) -> None:
+    """Names of special tokens in a text, long texts, empty ones; padded to all places or less."""
+    from transformers import AutoTokenizer
+
+    out = _export(_run(tmp_path), tmp_path / "out", "transformers")
+    texts = [*CAPTIONS, "", "An <|endoftext|> in <|pad|>", "x " * 40, "Größe 3"]
+    words = AutoTokenizer.from_pretrained(out)
+    found = words(texts, padding="max_length", truncation=True, return_tensors="pt")
+    expected, _ = tiny_tokenizer().encode(texts, 8)
+    assert found.input_ids.tolist() == expected.tolist()
+    assert set(found) == {"input_ids", "attention_mask"}, "CLIPModel takes no others"
+    assert words(["a"], padding=True).input_ids == [[1, *words.encode("a")[1:-1], 3]]
+
+
+@pytest.mark.parametrize("squeeze", [False, True])
+def test_preprocessing_is_that_of_evaluation(tmp_path: Path, squeeze: bool) -> None:
+    """The same square of a picture, but for the filter that shrinks it."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    from pipeline.data.image import decode_eval
+
+    sections = {"data": {"train": "nowhere", "vocab_size": 300, "squeeze": squeeze,
+                         "image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}}  # fmt: skip
+    out = _export(_run(tmp_path, **sections), tmp_path / "out", "transformers")
+    rows, columns = np.mgrid[0:64, 0:128]
+    pixels = np.stack([2 * columns, 4 * rows, 255 - columns], axis=2).astype(np.uint8)
+    picture = Image.fromarray(pixels)
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    ours = decode_eval(file.getvalue(), (255, 255, 255), 16, squeeze=squeeze)
+    theirs = AutoImageProcessor.from_pretrained(out)(picture, return_tensors="np").pixel_values
+    assert np.abs(theirs[0].transpose(1, 2, 0) * 255 - ours).mean() < 1.0
+
+
+def test_the_card_tells_the_facts(tmp_path: Path) -> None:
+    run, record = _run(tmp_path, **SIGMOID)
+    ref = tracker.open_run(
+        f"sqlite:///{tmp_path}/mlflow.db", "tests", "tiny", params={}, tags={}, run_id=None
+    )
+    log = MetricLog(ref, 60)
+    for samples, value in ((16, 0.25), (32, 0.5), (48, 0.75)):
+        log.log(samples, {"eval/retrieval/text_to_image_recall_at_1": value, "train/loss": 1.0})
+    log.close()
+    found = {**_fields(record), "mlflow_uri": ref.uri, "mlflow_run_id": ref.run_id}
+    record = RunRecord(**found)
+    done = export_run(run, record, tmp_path / "out", form="transformers", dtype="fp32")
+    assert done.lack is None
+    card = (tmp_path / "out" / "README.md").read_text()
+    for fact in (
+        "checkpoint step-00000004", "| retrieval/text_to_image_recall_at_1 | 50.0 % |",
+        "32 pairs in 4 steps, of 64 planned", "nowhere; 99 rows, digest 0123456789abcdef",
+        "sigmoid_local", "library_name: transformers", "its bias is -10.0000"[4:],
+        "The second projections", ref.run_id, "gammaray 0.1.0",
+    ):  # fmt: skip
+        assert fact in card, fact
+    assert "train/loss" not in card
+
+
+def test_a_tracker_that_is_gone_costs_only_the_measures(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    done = export_run(*run, tmp_path / "out", form="transformers", dtype="fp32")
+    assert done.lack is not None
+    assert "none.db: no tracker there" in done.lack
+    assert "None are known" in (tmp_path / "out" / "README.md").read_text()
+    assert not (tmp_path / "none.db").exists()
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def _command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["gammaray", "export", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = _run(tmp_path)
+    out, facts = tmp_path / "out", tmp_path / "facts.json"
+    options = ["--format", "openclip", "--dtype", "bf16", "--json", str(facts)]
+    assert _command(monkeypatch, run.url, str(out), *options) == 0
+    assert "step-00000004 of" in capfd.readouterr().out
+    found = json.loads(facts.read_text())
+    assert found["dtype"] == "bf16"
+    assert found["files"].keys() == {path.name for path in out.iterdir()}
+    assert _command(monkeypatch, run.url, str(out)) == 2
+    assert "is there already; give a new folder" in capfd.readouterr().out
+    assert _command(monkeypatch, str(tmp_path / "none"), str(tmp_path / "new")) == 2
+    assert "no run there" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("sections", "form", "options", "message"),
+    [
+        ({"model": FUSION}, "openclip", {}, r"--format: is openclip; .* no such model: take trans"),
+        (
+            {"model": FUSION, "task": {"kind": "vqa"}},
+            "transformers",
+            {},
+            r"--format: is transformers; the run is fine-tuned for vqa, .* take safetensors",
+        ),
+        ({}, "transformers", {"checkpoint": "step-1"}, r"--checkpoint: .* has no 'step-1'; it has"),
+        ({}, "transformers", {"out": Path("s3://bucket/out")}, r"OUT: .* is a URL; give a local"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    tmp_path: Path, sections: dict[str, Any], form: Form, options: dict[str, Any], message: str
+) -> None:
+    config = tiny_config(**sections)
+    run = publish_module(tmp_path, config, torch.nn.Linear(1, 1))
+    with pytest.raises(UserError, match=message):
+        export_run(*run, **{"out": tmp_path / "out", "form": form, "dtype": "fp32", **options})
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_run_without_a_checkpoint_and_a_damaged_one_are_refused(tmp_path: Path) -> None:
+    run, record = _run(tmp_path)
+    shard = tmp_path / "tiny" / "step-00000004" / "state" / "mp_rank_00_model_states.pt"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"step-00000004: is damaged \(.*mp_rank_00.* --checkpoint"):
+        export_run(run, record, tmp_path / "out", form="transformers", dtype="fp32")
+    run.remove("step-00000004")
+    with pytest.raises(UserError, match="it has no checkpoint yet"):
+        export_run(run, record, tmp_path / "out", form="transformers", dtype="fp32")
