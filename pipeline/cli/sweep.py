@@ -65,7 +65,6 @@ def sweep(
     except KeyboardInterrupt:
         console.print(f"Interrupted. {GOES_ON}")
         sys.exit(130)
-    _present(console, planned, ended)
     close_sweep(ended)
     write_json(
         json,
@@ -77,6 +76,7 @@ def sweep(
             "mlflow_run_id": ended.run.run_id,
         },
     )
+    _present(console, planned, ended)
     for name, why in ended.failures.items():
         console.print(f"[bold red]failed[/] {plain(f'{name}: {why}')}", soft_wrap=True)
     if ended.failures:

@@ -36,7 +36,7 @@ class Piece:
     @property
     def name(self) -> str:
         """The name of its embeddings in OUT."""
-        return f"part-{self.number:05d}.parquet"
+        return f"part-{self.number:07d}.parquet"
 
     @property
     def rows(self) -> int:

@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,9 @@ def embed_batches(encoder: Encoder, batches: Iterable[Batch]) -> Iterator[Embedd
 
 
 def _fetched(batch: Batch, image: Tensor | None, text: Tensor | None) -> Embedded:
+    """Features on the CPU; of the rows only what is written, since many wait to be."""
+    rows = [row._replace(image=None, caption=None) for row in batch.rows]
+    batch = replace(batch, rows=rows, pixels=None, tokens=None)
     return batch, None if image is None else image.cpu(), None if text is None else text.cpu()
 
 

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
+from pipeline.errors import UserError
 from pipeline.export.inputs import save_pictures, save_tokenizer
 from pipeline.export.trained import Trained
 from pipeline.models.open_clip import to_open_clip, write_config
 from pipeline.models.towers import MAX_LOGIT_SCALE
-from pipeline.models.two_tower import TwoTower
+from pipeline.models.two_tower import TwoTower, clip_sizes
 from pipeline.train.module import TOWERS
 
 USE_TRANSFORMERS = """\
@@ -70,6 +71,12 @@ def save_transformers(trained: Trained, folder: Path, dtype: torch.dtype) -> lis
 def save_open_clip(trained: Trained, folder: Path, dtype: torch.dtype) -> list[str]:
     """Write the model; give what its card must say beside."""
     towers = _towers(trained)
+    try:
+        clip_sizes(towers.clip_config)
+    except UserError as error:
+        raise UserError(
+            f"--format: is openclip, which cannot say what this is: {error}; take transformers"
+        ) from error
     weights = trained.weights(dtype, TOWERS)
     weights = {name: value for name, value in weights.items() if "independent" not in name}
     weights["logit_scale"] = weights["logit_scale"].squeeze(0)

@@ -214,7 +214,8 @@ class MatchHead(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Give logits in fp32: [..., width] to [..., 2]."""
-        return F.linear(input.float(), self.weight.float(), self.bias.float()).float()
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.float(), self.weight.float(), self.bias.float())
 
 
 def may_be_confused(tokens: Int[Tensor, "batch length"]) -> Bool[Tensor, "batch batch"]:

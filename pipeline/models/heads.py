@@ -251,9 +251,9 @@ class Answerer(nn.Module):
         ).last_hidden_state
         states = self.answer_transform(states[wanted])
         embeddings = self.decoder.embeddings.word_embeddings.weight
-        # In fp32: bf16 has so few values that answers would tie.
-        logits = states.float() @ embeddings.float().T + self.answer_bias.float()
-        return logits.float()
+        # In fp32, under autocast too: bf16 has so few values that answers would tie.
+        with torch.autocast(states.device.type, enabled=False):
+            return states.float() @ embeddings.float().T + self.answer_bias.float()
 
     @torch.no_grad()
     def _rank(self, questions: Texts) -> Float[Tensor, "batch all_answers"]:

@@ -131,10 +131,13 @@ def write_config(clip: CLIPConfig) -> dict[str, Any]:
             "width": text.hidden_size,
             "heads": text.num_attention_heads,
             "layers": text.num_hidden_layers,
-            "pool_type": "eos",
-            "eos_id": text.eos_token_id,
+            **_pooling(text.eos_token_id),
         },
     }
+
+
+def _pooling(end: int) -> dict[str, Any]:
+    return {"pool_type": "argmax"} if end == LEGACY_END else {"pool_type": "eos", "eos_id": end}
 
 
 def read_config(given: Mapping[str, Any]) -> CLIPConfig:

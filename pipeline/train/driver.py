@@ -195,11 +195,11 @@ def _evaluate(asked: Evaluation, listen: Listener) -> Measured:
         _fit(partial(evaluate_worker, job), config, folder.url, name, watch, None)
         if not watch.metrics:
             failure = "nothing was heard of what the workers found; try again"
-    except RunFailed as error:
+    except (RunFailed, UserError) as error:
         failure = str(error)
     finally:
         # Ray Train keeps its own notes there; an evaluation leaves nothing to resume.
-        folder.filesystem.delete_dir(f"{folder.path}/{name}")
+        folder.remove(name)
     return Measured(asked=asked, metrics=watch.metrics, sample=watch.sample, failure=failure)
 
 

@@ -123,7 +123,9 @@ def _is_dead_here(found: dict[str, Any]) -> bool:
     if found["host"] != socket.gethostname():
         return False
     try:
-        return abs(psutil.Process(found["pid"]).create_time() - found["started"]) > 1
+        process = psutil.Process(found["pid"])
+        is_other = abs(process.create_time() - found["started"]) > 1
+        return is_other or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
 

@@ -32,6 +32,8 @@ STOP_SECONDS = 600.0  # for a run that is stopped to save and close its books
 # No trial takes CPUs from its workers; its driver is on the head, which no autoscaler takes away.
 HEAD = {"node:__internal_head__": 0.001}
 SETTINGS = {
+    # Relative paths are those of the command.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Its files of results and its tables: MLflow has them.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # A run that fails before its first evaluation has no metric.
@@ -201,6 +203,8 @@ class _Watcher(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Called when a trial's actor is lost for good."""
+        if self._tasks[_name_of(trial)].is_over:
+            return
         said = str(trial.get_error() or "its driver was lost")
         self._fail(_name_of(trial), said.strip().splitlines()[-1])
 

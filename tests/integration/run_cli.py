@@ -65,9 +65,9 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(process: subprocess.Popen[str], seconds: float = TIMEOUT_S) -> str:
     """Wait for the command; give what it printed. Fails with that text if it failed."""
-    output, _ = process.communicate(timeout=TIMEOUT_S)
+    output, _ = process.communicate(timeout=seconds)
     assert process.returncode == 0, output
     return output
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.train.lease import wait_for_the_dead
 from pipeline.train.store import list_runs
 from tests.integration.run_cli import finish, run, start, wait_for, write_run
 
@@ -50,14 +51,16 @@ def test_twelve_runs_survive_a_kill_of_their_driver(tmp_path: Path) -> None:
     command = ["sweep", str(config), *AXES, "--json", str(tmp_path / "facts.json")]
     driver = start(*command)
     before = wait_for(lambda: len(done := _finished(runs)) >= 4 and done, 900, driver)
-    # The driver alone: what it started ends by itself.
+    # The driver alone: what it started ends by itself, which may take it seconds.
     os.kill(driver.pid, signal.SIGKILL)
     driver.communicate()
+    for folder in list_runs(str(runs)):
+        wait_for_the_dead(folder)
     before = _finished(runs)
     then = _times(runs)
     assert len(before) < 12
 
-    output, _ = start(*command).communicate(timeout=900)
+    output = finish(start(*command), 900)
     facts = json.loads((tmp_path / "facts.json").read_text())
     done = _finished(runs)
     assert len(done) == 12, output
@@ -71,7 +74,7 @@ def test_twelve_runs_survive_a_kill_of_their_driver(tmp_path: Path) -> None:
     assert _children(runs, facts["mlflow_run_id"]) == set(done.values()) == set(facts["runs"])
     assert {status for _, _, status in now.values()} == {"FINISHED"}
     assert "12 run(s) of 3 config(s), seeds apart:" in output
-    assert output.count("┃ equal samples") == output.count(", %\n")
+    assert output.count("┃ equal samples") == output.count(", %\n") > 0
     files = runs / "tiny" / "comparison"
     assert "# 12 run(s) of 3 config(s)" in (files / "comparison.md").read_text()
     kept = {path.name for path in (runs / "mlartifacts" / facts["mlflow_run_id"]).rglob("*.*")}
@@ -92,7 +95,7 @@ def test_asha_stops_some_and_lets_the_best_go_on(tmp_path: Path) -> None:
     )
     metric = "eval/retrieval/text_to_image_recall_at_5"
     command = ["sweep", str(config), "--over", "optim.lr=3e-3,1e-9,1e-8,1e-7", "--asha", metric]
-    output, _ = start(*command).communicate(timeout=900)
+    output = finish(start(*command), 900)
     record = json.loads((tmp_path / "runs" / "tiny" / "sweep.json").read_text())
     assert record["stopped"], output
     assert len(_finished(tmp_path / "runs")) + len(record["stopped"]) == 4

@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 
 TASKS_PLANNED = 4096
 CPUS_EACH = 4  # of a keeper on CPUs, at most: more threads than that gain little in one
+RESTARTS = 3  # of a keeper, and tries more of an item that ended it
 CALLS_AT_ONCE = 2  # in a keeper: while one item ends, the next begins
 
 Function = Callable[[Any], dict[str, Any]]
@@ -99,7 +100,13 @@ class OnRay:
                 enable_true_multi_threading=True,
             )
             return items.map(
-                keeper, fn_constructor_args=(held,), compute=pool, num_cpus=cpus, num_gpus=gpus
+                keeper,
+                fn_constructor_args=(held,),
+                compute=pool,
+                num_cpus=cpus,
+                num_gpus=gpus,
+                max_restarts=RESTARTS * count,
+                max_task_retries=RESTARTS,  # Ray's own is for ever: a deadly item would stall
             )
 
         return apply
@@ -152,8 +159,9 @@ def _shares(keepers: Keepers) -> tuple[int, int, int]:
     if any(gpus):
         # A node's CPUs are shared evenly by its GPUs: they decode.
         each = min(cpu // gpu for cpu, gpu in zip(cpus, gpus, strict=True) if gpu)
-        return each, 1, keepers.count or sum(gpus)
+        return max(1, each), 1, keepers.count or sum(gpus)
     if keepers.on_gpu:
         return CPUS_EACH, 1, keepers.count or 1
-    each = max(1, min(CPUS_EACH, max(cpus)))
+    most = max(cpus) if keepers.count is None else sum(cpus) // keepers.count
+    each = max(1, min(CPUS_EACH, most))
     return each, 0, keepers.count or max(1, sum(cpu // each for cpu in cpus))

@@ -65,9 +65,9 @@ def test_a_row_for_a_row_with_its_identity_and_unit_vectors(
         assert _norms(table[name]) == pytest.approx([1.0] * 7, abs=1e-5)
     assert (outcome.embedded, outcome.facts["rows"], outcome.facts["reasons"]) == (7, 7, {})
     assert sorted(path.name for path in (tmp_path / "out.parquet").iterdir()) == [
-        "_embedding.json", "part-00000.parquet", "part-00001.parquet",
+        "_embedding.json", "part-0000000.parquet", "part-0000001.parquet",
     ]  # fmt: skip
-    footer = pq.read_metadata(tmp_path / "out.parquet" / "part-00001.parquet").metadata
+    footer = pq.read_metadata(tmp_path / "out.parquet" / "part-0000001.parquet").metadata
     assert footer is not None
     facts = json.loads(footer[b"gammaray"])
     assert (facts["run"], facts["checkpoint"], facts["rows"]) == (run, "step-00000004", 3)
@@ -170,7 +170,7 @@ def test_tables_larger_than_what_is_kept_are_written_bit_by_bit(
     monkeypatch.setattr("pipeline.embed.work.WRITTEN_ROWS", 2)
     monkeypatch.setattr("pipeline.embed.encoder.BATCHES", {"cpu": 2, "cuda": 2})
     _embed(run, pairs, tmp_path / "out")
-    assert pq.read_metadata(tmp_path / "out" / "part-00000.parquet").num_row_groups == 2
+    assert pq.read_metadata(tmp_path / "out" / "part-0000000.parquet").num_row_groups == 2
     found, whole = pq.read_table(tmp_path / "out"), pq.read_table(tmp_path / "whole")
     assert found.drop_columns(["image_embedding", "text_embedding"]) == whole.drop_columns(
         ["image_embedding", "text_embedding"]
@@ -213,7 +213,7 @@ def test_it_goes_on_with_what_is_missing(run: str, tmp_path: Path) -> None:
         return map(function, items)
 
     assert sorted(path.name for path in shards.iterdir()) == [
-        "part-00000.parquet", "part-00001.parquet",
+        "part-0000000.parquet", "part-0000001.parquet",
     ]  # fmt: skip
     resumed = _embed(run, pairs, out, runner)
     assert done == [2, 3]
@@ -230,7 +230,7 @@ def test_killed_while_files_are_shown(run: str, pairs: Path, tmp_path: Path) -> 
     facts = (out / "_embedding.json").read_text()
     (out / "_work" / "shards").mkdir(parents=True)
     (out / "_embedding.json").rename(out / "_work" / "plan.json")
-    (out / "part-00001.parquet").rename(out / "_work" / "shards" / "part-00001.parquet")
+    (out / "part-0000001.parquet").rename(out / "_work" / "shards" / "part-0000001.parquet")
     resumed = _embed(run, pairs, out)
     assert resumed.embedded == 0
     assert resumed.facts == whole.facts == json.loads(facts)
@@ -244,9 +244,9 @@ def test_finished_it_is_left_alone(run: str, pairs: Path, tmp_path: Path) -> Non
     again = _embed(run, pairs, out)
     assert (again.embedded, again.facts) == (0, first.facts)
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
-    (out / "part-00000.parquet").unlink()
+    (out / "part-0000000.parquet").unlink()
     with pytest.raises(
-        UserError, match=r"is finished, but part-00000.parquet is not there; remove"
+        UserError, match=r"is finished, but part-0000000.parquet is not there; remove"
     ):
         _embed(run, pairs, out)
 
