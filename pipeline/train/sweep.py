@@ -101,6 +101,8 @@ def run_sweep(sweep: Sweep, listen: driver.Listener, log_path: Path) -> Ended:
                 tracker.close_run(state.run, "KILLED")
                 raise
         runs = [run for trial in sweep.trials if (run := _run_of(trial)) is not None]
+        for run in runs:  # one may have been begun on its own, or under another parent
+            tracker.set_tags(run, {"mlflow.parentRunId": state.mlflow_run_id})
         return Ended(run=state.run, runs=tuple(runs), failures=failures)
 
 
@@ -113,7 +115,7 @@ def _run(
     sweep: Sweep, state: SweepRecord, listen: driver.Listener, log_folder: Path
 ) -> dict[str, str]:
     say = driver.saying(listen)
-    stopped = set(state.stopped)
+    stopped = set(state.stopped) if sweep.race is not None else set()
     left = [each for each in sweep.trials if not each.is_finished and each.name not in stopped]
     say(f"{len(left)} of {len(sweep.trials)} runs are to be done")
     if not left:
@@ -127,7 +129,7 @@ def _run(
 
     # A race is also with those that are finished.
     asked = left if sweep.race is None else sweep.trials
-    # In place of an end without saving; Tune lets the runs save at SIGINT.
+    # In place of an end that leaves all of Tune's processes behind.
     before: Any = None
     if is_main := threading.current_thread() is threading.main_thread():
         before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))

@@ -89,7 +89,7 @@ def run_trials(
     """Run trials to their ends; gives why some failed. `stop` is told of who is stopped by ASHA.
 
     Those that are finished, or `stopped` before, only tell the race how they went. When Tune hears
-    SIGINT it lets the running ones save, and this returns early.
+    SIGINT it kills the running ones, which go on from their checkpoints, and this returns early.
     """
     os.environ.update(SETTINGS)
     tasks = {
@@ -247,7 +247,8 @@ class _Run(tune.Trainable):
     def _begin(self, task: _Task) -> None:
         self._heard: queue.Queue[dict[str, Any]] = queue.Queue()
         self._stop = threading.Event()
-        self._place = (0, 0, 0)  # step and samples at which the workers began, samples of a step
+        # Step and samples at which the workers began, samples of a step and of the whole run.
+        self._place = (0, 0, 0, 0)
         self._thread: threading.Thread | None = None
         self._told: dict[str, Any] = {}
         record = RunFolder.of(task.config.cluster.storage, task.config.name).read_record()
@@ -282,17 +283,21 @@ class _Run(tune.Trainable):
             case "phase" | "warning":
                 sys.stderr.write(f"{event['text']}\n")
             case "started":
-                self._place = event["step"], event["samples"], event["plan"].global_batch
+                plan = event["plan"]
+                self._place = event["step"], event["samples"], plan.global_batch, plan.samples
             case "evaluation" if self._metric is not None:
                 value = event["metrics"].get(self._metric.removeprefix("eval/"))
                 if value is not None:
-                    step, samples, batch = self._place
-                    self._tell(samples + (event["step"] - step) * batch, value)
+                    step, samples, batch, whole = self._place
+                    samples += (event["step"] - step) * batch
+                    self._tell(samples, value, is_last=samples + batch > whole)
 
-    def _tell(self, samples: int, value: float) -> None:
+    def _tell(self, samples: int, value: float, *, is_last: bool = False) -> None:
+        """What comes last comes with the end: who has trained to it is not stopped early."""
         assert self._metric is not None
         self._told = {"samples": samples, self._metric: value}
-        self._heard.put(self._told)
+        if not is_last:
+            self._heard.put(self._told)
 
     def _end(self, failure: str) -> None:
         self._heard.put({**self._told, "done": True, "failure": failure})

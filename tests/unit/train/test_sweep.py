@@ -198,13 +198,16 @@ def test_what_asha_stopped_stays_stopped(
     values: dict[str, Any], fake: _Trials, tmp_path: Path
 ) -> None:
     fake.stop, fake.finish = {"tiny-seed_0"}, {"tiny-seed_1"}
-    planned = _plan(values)
+    values["evaluate"] = {**values.get("evaluate", {}), "every": 1}
+    planned = _plan(values, metric=RECALL)
     _run(planned, tmp_path)
     record = read_sweep(planned.folder)
     assert record is not None
     assert record.stopped == ["tiny-seed_0"]
-    _run(_plan(values), tmp_path)
+    _run(_plan(values, metric=RECALL), tmp_path)
     assert len(fake.asked) == 1
+    _run(_plan(values), tmp_path)
+    assert fake.asked[1:] == [["tiny-seed_0"]], "without a race nobody has lost it"
 
 
 def test_a_failure_is_told_and_tried_again(
@@ -236,14 +239,17 @@ def test_a_run_tells_of_its_evaluations_and_its_end(
 
     def train(config: Any, listen: Any, log_path: Path, **rest: Any) -> None:
         seen.update(rest)
-        plan = SimpleNamespace(global_batch=8)
+        plan = SimpleNamespace(global_batch=8, samples=50)
+        name = RECALL.removeprefix("eval/")
         listen({"kind": "started", "step": 3, "samples": 24, "plan": plan})
-        listen({"kind": "evaluation", "step": 5, "metrics": {RECALL.removeprefix("eval/"): 0.5}})
+        listen({"kind": "evaluation", "step": 5, "metrics": {name: 0.5}})
+        listen({"kind": "evaluation", "step": 6, "metrics": {name: 0.4}})
 
     monkeypatch.setattr(driver, "train", train)
     actor = _actor(values, RECALL)
     assert actor.step() == {"samples": 40, RECALL: 0.5}
-    assert actor.step() == {"samples": 40, RECALL: 0.5, "done": True, "failure": ""}
+    ended = {"samples": 48, RECALL: 0.4, "done": True, "failure": ""}
+    assert actor.step() == ended, "the last one comes with the end"
     assert seen["tags"] == {"mlflow.parentRunId": "the parent"}
 
 
