@@ -162,6 +162,6 @@ def _shares(keepers: Keepers) -> tuple[int, int, int]:
         return max(1, each), 1, keepers.count or sum(gpus)
     if keepers.on_gpu:
         return CPUS_EACH, 1, keepers.count or 1
-    most = max(cpus) if keepers.count is None else sum(cpus) // keepers.count
+    most = sum(cpus) // keepers.count if keepers.count else max(cpus)
     each = max(1, min(CPUS_EACH, most))
     return each, 0, keepers.count or max(1, sum(cpu // each for cpu in cpus))
