@@ -165,12 +165,7 @@ def find_checkpoint(run: str, name: str | None = None) -> Checkpoint:
             f"{run}: is fine-tuned for {task}, and no longer tells pairs by their embeddings; give "
             f"the run it began with: {record.config['model'].get('init')}"
         )
-    names = folder.checkpoints()
-    if not names:
-        raise UserError(f"{run}: it has no checkpoint yet; let it train until it has")
-    chosen = name or names[-1]
-    if chosen not in names:
-        raise UserError(f"--checkpoint: {run} has no {chosen!r}; it has {names}")
+    chosen = folder.checkpoint(name)
     manifest = folder.read_text(f"{chosen}/{MANIFEST}") or ""
     weights = hashlib.sha256(manifest.encode()).hexdigest()
     return Checkpoint(folder=folder, record=record, name=chosen, weights=weights)

@@ -95,7 +95,7 @@ def embed(
     else:
         made_all = [made[piece.number] for piece in pieces]
     facts = _sum_up(record, catalog, pieces, made_all)
-    _publish(store, pieces, facts)
+    store.publish(facts["files"], FACTS, facts)
     return Outcome(out=out, facts=facts, embedded=catalog.num_rows - there)
 
 
@@ -126,16 +126,6 @@ def _sum_up(
     }
 
 
-def _publish(store: Store, pieces: list[Piece], facts: dict[str, Any]) -> None:
-    """Show the files, then the mark that all are there, then forget the work."""
-    waiting = set(store.names(SHARDS))
-    for piece in pieces:
-        if piece.name in waiting:
-            store.move(f"{SHARDS}/{piece.name}", piece.name)
-    store.write_json(FACTS, facts)
-    store.remove(WORK)
-
-
 # ---- what is already there -----------------------------------------------------------------------
 
 
@@ -158,10 +148,7 @@ def _look_at(store: Store, record: dict[str, Any]) -> dict[str, Any] | None:
     if begun is None:
         names = [name for name in store.names("") if name != WORK]
         if names:
-            raise UserError(
-                f"{OUT}: {store.root} holds other files ({', '.join(names[:4])}); choose another "
-                "folder, or remove it"
-            )
+            store.refuse(names)
         return None
     for name, words in WORDS.items():
         if begun.get(name) != record[name]:

@@ -44,12 +44,7 @@ def read_trained(folder: RunFolder, record: RunRecord, checkpoint: str | None) -
 
     Raises `UserError` when there is no such checkpoint, or it is not what its manifest says.
     """
-    names = folder.checkpoints()
-    if not names:
-        raise UserError(f"{folder.url}: it has no checkpoint yet; let it train until it has")
-    name = checkpoint or names[-1]
-    if name not in names:
-        raise UserError(f"--checkpoint: {folder.url} has no {name!r}; it has {names}")
+    name = folder.checkpoint(checkpoint)
     config = parse_config(record.config, f"the record of {folder.url}")
     module = build_module(config, record.tokenizer, record.asked)
     try:
@@ -59,7 +54,7 @@ def read_trained(folder: RunFolder, record: RunRecord, checkpoint: str | None) -
     except Damaged as damage:
         raise UserError(
             f"{folder.url}/{name}: is damaged ({damage}); put its files back, or take another with "
-            f"--checkpoint: {names}"
+            f"--checkpoint: {folder.checkpoints()}"
         ) from damage
     return Trained(
         url=folder.url,

@@ -233,8 +233,9 @@ class Answerer(nn.Module):
         is_word = following != self._pad
         logits = self._next_words(questions, words[:, :-1], is_word)
         losses = F.cross_entropy(logits, following[is_word], reduction="none")
-        spread = torch.zeros(is_word.shape, device=losses.device).masked_scatter(is_word, losses)
-        return TaskOutputs(answer_losses=spread.sum(1), word_logits=logits, is_word=is_word)
+        return TaskOutputs(
+            answer_losses=sum_words(losses, is_word), word_logits=logits, is_word=is_word
+        )
 
     def _next_words(
         self,
@@ -280,6 +281,14 @@ class Answerer(nn.Module):
         scores = logits[:, self.answers[:, 1]]
         # Stable, where topk may break ties as it likes: many answers share a first word.
         return scores.sort(dim=1, descending=True, stable=True).indices[:, : self._ranked]
+
+
+def sum_words(
+    values: Float[Tensor, " words"], is_word: Bool[Tensor, "answers places"]
+) -> Float[Tensor, " answers"]:
+    """The sum over each answer's words of what lies one answer after the other."""
+    spread = torch.zeros(is_word.shape, device=values.device).masked_scatter(is_word, values)
+    return spread.sum(1)
 
 
 def _crosses(layers: nn.ModuleList) -> list[Any]:

@@ -142,6 +142,16 @@ class RunFolder:
         return [name for name, info in zip(names, infos, strict=True)
                 if info.type == pafs.FileType.File]  # fmt: skip
 
+    def checkpoint(self, name: str | None) -> str:
+        """The newest checkpoint, or the one of that name. Raises `UserError` without."""
+        names = self.checkpoints()
+        if not names:
+            raise UserError(f"{self.url}: it has no checkpoint yet; let it train until it has")
+        chosen = name or names[-1]
+        if chosen not in names:
+            raise UserError(f"--checkpoint: {self.url} has no {chosen!r}; it has {names}")
+        return chosen
+
     def attempted(self) -> list[str]:
         """Names of all folders of checkpoints, also of those that are not whole; oldest first."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)

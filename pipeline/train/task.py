@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.losses.base import Gather, LossValue, State
 from pipeline.losses.fusion import matching_loss, ramped, soft_cross_entropy
 from pipeline.losses.structure import there
-from pipeline.models.heads import Answerer, Assigner, Classifier, TaskOutputs
+from pipeline.models.heads import Answerer, Assigner, Classifier, TaskOutputs, sum_words
 from pipeline.train.module import (
     FusionPretraining,
     Pretraining,
@@ -141,9 +141,8 @@ class AnswerObjective(TaskObjective):
         losses = there(outputs.answer_losses)
         if slow is not None:
             words = soft_cross_entropy(there(outputs.word_logits), there(slow.word_logits))
-            is_word = there(outputs.is_word)
-            soft = torch.zeros(is_word.shape, device=words.device).masked_scatter(is_word, words)
-            losses = losses.lerp(soft.sum(1), self._alpha(samples))
+            soft = sum_words(words, there(outputs.is_word))
+            losses = losses.lerp(soft, self._alpha(samples))
         _, _, shares = distinct_answers(batch)
         loss = (shares.to(losses) * losses).sum() / len(batch.tokens)
         return LossValue(loss=loss, metrics={"loss": loss.detach()})

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.data.prepare.files import ANSWER_LIST, find_files, read_answer_list
-from pipeline.data.prepare.gather import Gather, Shard, plan_shards, read_shards
+from pipeline.data.prepare.gather import Gather, plan_shards, read_shards
 from pipeline.data.prepare.scatter import Scatter, pack, read_parts, write_quarantine
 from pipeline.data.prepare.sources import open_origin
 from pipeline.data.prepare.stats import add_counts, make_stats
@@ -163,7 +163,7 @@ def prepare(
     stats = make_stats(source, record, summaries, written)
     if source.reader.task == VQA and (answer_list := read_answer_list(found)) is not None:
         store.write(ANSWER_LIST, lambda sink: sink.write(answer_list))
-    _publish(store, shards, stats)
+    store.publish([shard.name for shard in shards], STATS, stats)
     return Outcome(out=out, stats=stats, created=True)
 
 
@@ -202,16 +202,6 @@ def _check_any(store: Store, summaries: list[dict[str, Any]]) -> None:
     )
 
 
-def _publish(store: Store, shards: list[Shard], stats: dict[str, Any]) -> None:
-    """Show the shards, then the mark that all are there, then forget the work."""
-    waiting = set(store.names(SHARDS))
-    for shard in shards:
-        if shard.name in waiting:
-            store.move(f"{SHARDS}/{shard.name}", shard.name)
-    store.write_json(STATS, stats)
-    store.remove(WORK)
-
-
 # ---- what is already there -----------------------------------------------------------------------
 
 
@@ -234,10 +224,7 @@ def _look_at(store: Store, record: dict[str, Any]) -> dict[str, Any] | None:
     if begun is None:
         names = store.names("")
         if stats is not None or any(name != WORK for name in names):
-            raise UserError(
-                f"OUT: {store.root} holds other files ({', '.join(names[:4])}); choose another "
-                "folder, or remove it"
-            )
+            store.refuse(names)
         return None
     differing = [name for name, value in record.items() if begun.get(name) != value]
     if differing:

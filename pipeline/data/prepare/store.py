@@ -6,9 +6,9 @@ in them.
 
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -92,6 +92,22 @@ class Store:
         """Rename a file."""
         filesystem, path = self._at(name)
         filesystem.move(path, self._at(target)[1])
+
+    def publish(self, names: Iterable[str], mark: str, facts: Mapping[str, Any]) -> None:
+        """Show the files that wait in SHARDS, then the mark that all are there; forget the work."""
+        waiting = set(self.names(SHARDS))
+        for name in names:
+            if name in waiting:
+                self.move(f"{SHARDS}/{name}", name)
+        self.write_json(mark, facts)
+        self.remove(WORK)
+
+    def refuse(self, names: Sequence[str]) -> NoReturn:
+        """Raise `UserError`: OUT is not this command's."""
+        raise UserError(
+            f"OUT: {self.root} holds other files ({', '.join(names[:4])}); choose another folder, "
+            "or remove it"
+        )
 
     def remove(self, folder: str) -> None:
         """Remove a folder, if it is there."""
