@@ -239,7 +239,8 @@ class Bar:
             self._task = self._progress.add_task(what, total=max(1, total), rate="")
         rate, left = self._pace(done, total)
         self._progress.update(self._task, completed=done, rate=rate)
-        if not self._console.is_terminal and time.monotonic() >= self._next_line:
+        is_due = done >= total or time.monotonic() >= self._next_line  # its end is always said
+        if not self._console.is_terminal and is_due:
             self._next_line = time.monotonic() + 10
             self.say(f"{what} {100 * done / max(1, total):.0f}%{rate}{left}")
 
