@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import Config
 from pipeline.data.text import Tokenizer
+from pipeline.train.module import architecture
 from pipeline.train.publish import Sender
 from pipeline.train.store import META, RunFolder, RunRecord
 from tests.tiny import CAPTIONS, tiny_pairs, tiny_tokenizer
@@ -31,8 +32,12 @@ def publish_run(
     zero_stage: int,
     world_size: int = 1,
     tokenizer: Tokenizer | None = None,
+    model: nn.Module | None = None,
 ) -> tuple[RunFolder, RunRecord]:
-    """The run `config.name` in `storage` with what an engine saved as its one checkpoint."""
+    """The run `config.name` in `storage` with what an engine saved as its one checkpoint.
+
+    Without `model` it is one of an older version, which did not keep its architecture.
+    """
     record = RunRecord(
         name=config.name, config=config.model_dump(mode="json"),
         tokenizer=tokenizer or tiny_tokenizer(), data_digest="0123456789abcdef0123",
@@ -40,13 +45,15 @@ def publish_run(
     )  # fmt: skip
     run = RunFolder.of(str(storage), config.name)
     run.write_record(record)
-    meta = {
+    meta: dict[str, Any] = {
         "progress": {"step": 4, "samples": 32},
         "world_size": world_size,
         "zero_stage": zero_stage,
         "plan": PLAN,
         "versions": {"gammaray": "0.1.0"},
     }
+    if model is not None:
+        meta["architecture"] = architecture(model)
     (saved / META).write_text(json.dumps(meta))
     sender = Sender(run, rank=0, world_size=1, keep=9, published=lambda name: None)
     sender.send("step-00000004", saved)
@@ -62,7 +69,8 @@ def publish_module(
     shutil.rmtree(saved, ignore_errors=True)
     (saved / STATE.parent).mkdir(parents=True)
     torch.save({"module": module.state_dict()}, saved / STATE)
-    return publish_run(storage, config, saved, zero_stage=0, tokenizer=tokenizer)
+    model = module if hasattr(module, "towers") else None
+    return publish_run(storage, config, saved, zero_stage=0, tokenizer=tokenizer, model=model)
 
 
 def tiny_inputs() -> tuple[Tensor, Tensor]:

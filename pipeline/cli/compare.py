@@ -92,14 +92,21 @@ def present(
         drawn = {"curves.png": draw_curves, "pareto.png": draw_pareto}
         figures = [name for name, draw in drawn.items() if draw(comparison, folder / name)]
         write_files(comparison, figures, folder)
-        shutil.copytree(folder, out, dirs_exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for path in folder.iterdir():
+                shutil.copyfile(path, out / path.name)
+        except OSError as error:
+            raise UserError(
+                f"{out}: cannot be written ({error}); give gammaray compare another --out"
+            ) from error
         files = ", ".join(sorted(path.name for path in folder.iterdir()))
         console.print(f"{files} are in {out}", markup=False, soft_wrap=True)
         _record(console, comparison, folder, keep)
 
 
 def _print(console: Console, comparison: "Comparison") -> None:
-    from pipeline.compare.write import RESULTS, config_rows, result_rows, say_time, titled
+    from pipeline.compare.write import RESULTS, config_table, result_rows, say_time, titled
 
     count = sum(len(each.members) for each in comparison.groups)
     console.print(f"{count} run(s) of {len(comparison.groups)} config(s), seeds apart:")
@@ -110,9 +117,8 @@ def _print(console: Console, comparison: "Comparison") -> None:
         )
         cost = "" if each.cost is None else f" Cost: {say_time(each.cost, 'worker-')}."
         console.print(f"  {each.group.title}: {names}.{cost}", markup=False, soft_wrap=True)
-    labels = [each.group.label for each in comparison.groups]
     if comparison.differs:
-        _show(console, None, ["what differs", *labels], config_rows(comparison))
+        _show(console, None, *config_table(comparison))
     for metric in comparison.metrics:
         _show(console, titled(metric), RESULTS, result_rows(comparison, metric))
     for warning in comparison.warnings:

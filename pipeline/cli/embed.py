@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from pipeline.cli.arguments import JsonPath, RunPath, write_json
+from pipeline.cli.log import cached_log
 from pipeline.cli.screen import Bar, plain
 
 GOES_ON = "The same command goes on with what is missing."
@@ -44,7 +45,8 @@ def embed(
     The same command goes on with a job that was stopped.
     """
     console: Console = context.obj
-    log_path = _log_path(run)
+    # Not beside the run: whoever embeds with it may not be allowed to write there.
+    log_path = cached_log(console, f"{Path(run).name}-embed")
     console.print(
         f"[bold]gammaray[/] embeds {plain(source)}. What Ray and DeepSpeed print: {log_path}",
         soft_wrap=True,
@@ -81,12 +83,6 @@ def embed(
         sys.exit(130)
     _print(console, outcome, time.monotonic() - began)
     write_json(json, {"out": outcome.out, "embedded": outcome.embedded, **outcome.facts})
-
-
-def _log_path(run: str) -> Path:
-    """Not beside the run: whoever embeds with it may not be allowed to write there."""
-    name = f"{Path(run).name}-embed-{time.strftime('%Y%m%d-%H%M%S')}.log"
-    return Path.home() / ".cache" / "gammaray" / "logs" / name
 
 
 def _print(console: Console, outcome: Any, seconds: float) -> None:

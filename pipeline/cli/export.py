@@ -2,9 +2,10 @@
 
 import contextlib
 import io
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +13,12 @@ from rich.console import Console
 from pipeline.cli.arguments import JsonPath, RunPath, write_json
 from pipeline.cli.runs import find_run
 from pipeline.cli.screen import plain
+
+if TYPE_CHECKING:
+    from pipeline.export.forms import Exported
+    from pipeline.tracking.registry import Version
+    from pipeline.tracking.tracker import RunRef
+    from pipeline.train.store import RunFolder, RunRecord
 
 
 class Format(StrEnum):
@@ -39,6 +46,10 @@ def export(
     checkpoint: Annotated[
         str | None, typer.Option(help="Name of a checkpoint in it; else the newest.")
     ] = None,
+    register: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Make it a version of this model in MLflow, too."),
+    ] = None,
     json: JsonPath = None,
 ) -> None:
     """Write a checkpoint's weights, tokenizer, preprocessing and a model card for other libraries.
@@ -48,6 +59,10 @@ def export(
     """
     console: Console = context.obj
     folder, record = find_run(run)
+    if register is not None:
+        from pipeline.tracking.registry import check_name
+
+        check_name(_run_of(record), register)
     said = io.StringIO()  # DeepSpeed's and transformers' progress
     with (
         console.status(f"Reading {run} ..."),
@@ -72,3 +87,30 @@ def export(
     facts = {"run": run, "checkpoint": done.checkpoint, "out": str(out), "format": form.value,
              "dtype": dtype.value, "files": done.files}  # fmt: skip
     write_json(json, facts)
+    if register is not None:
+        with console.status(f"Registering {register} ..."):
+            version = _register(folder, record, done, out, register, form)
+        console.print(
+            f"Registered as version {version.version} of {register} in {record.mlflow_uri}, with "
+            f"{version.metrics} measures that the run took at this checkpoint.",
+            soft_wrap=True,
+        )
+        write_json(json, {**facts, "registered": asdict(version)})
+
+
+def _register(
+    folder: "RunFolder", record: "RunRecord", done: "Exported", out: Path, name: str, form: Format
+) -> "Version":
+    from pipeline.tracking.registry import register
+    from pipeline.train.measure import samples_at
+
+    step = int(done.checkpoint.removeprefix("step-"))
+    tags = {"gammaray.step": str(step), "gammaray.format": form.value}
+    samples = samples_at(folder, done.checkpoint)
+    return register(_run_of(record), out, name, samples=samples, tags=tags)
+
+
+def _run_of(record: "RunRecord") -> "RunRef":
+    from pipeline.tracking.tracker import RunRef
+
+    return RunRef(uri=record.mlflow_uri, run_id=record.mlflow_run_id)

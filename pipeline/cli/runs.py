@@ -1,7 +1,6 @@
 """`gammaray plan`, `train`, `evaluate`: what is done with a run, and how it ended."""
 
 import sys
-import time
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.cli.arguments import ConfigPath, JsonPath, Overrides, RunPath, write_json
+from pipeline.cli.log import cached_log, stamped
 from pipeline.cli.screen import Screen, plain
 from pipeline.config.load import dump, load_config, parse_config
 from pipeline.config.schema import Config
@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.headline import headline
 
 if TYPE_CHECKING:
-    from pipeline.train.measure import Measured
+    from pipeline.train.measure import Evaluation, Measured
     from pipeline.train.store import RunFolder, RunRecord
 
 TITLES = {
@@ -87,7 +87,7 @@ def finetune(
 
 
 def _run(console: Console, run: Config, json: Path | None) -> None:
-    log_path = log_path_of(run)
+    log_path = log_path_of(console, run)
     console.print(
         f"[bold]gammaray[/] {'trains' if run.task is None else 'fine-tunes'} '{run.name}'. "
         f"What Ray and DeepSpeed print: {log_path}",
@@ -123,11 +123,12 @@ def _run(console: Console, run: Config, json: Path | None) -> None:
     write_json(json, facts)
 
 
-def log_path_of(config: Any) -> Path:
+def log_path_of(console: Console, config: Any) -> Path:
     """Where to send what Ray and DeepSpeed print from now on."""
     storage = config.cluster.storage
-    root = Path(storage) if "://" not in storage else Path.home() / ".cache" / "gammaray"
-    return root / "logs" / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    if "://" in storage:
+        return cached_log(console, config.name)
+    return Path(storage) / "logs" / stamped(config.name)
 
 
 def _print_outcome(console: Console, outcome: Any) -> None:
@@ -187,29 +188,58 @@ def evaluate(
     console: Console = context.obj
     folder, record = find_run(run)
     config = parse_config(override_values(record.config, overrides or ()), run)
-    log_path = log_path_of(config)
-    with Screen(console) as screen:
+    log_path = log_path_of(console, config)
+    asked: list[Evaluation] = []
+    measured: list[Measured] = []
+
+    def take(each: "Measured") -> None:
+        measured.append(each)
+        write_json(json, _facts(run, measured))
         if suite is Choice.ALL:
-            asked = measure.ask_all(folder, config, checkpoint, overrides or (), screen.warn)
-        else:
-            asked = [measure.ask(folder, config, checkpoint)]
-        measured = driver.evaluate(asked, screen.show, log_path)
-        files = []
-        if suite is Choice.ALL:
-            files = driver.keep_results(measured, screen.show, log_path)
-    if files:
-        _print_results(console, measured)
-        console.print(f"{len(files)} results: {folder.url}/{measure.SUITE}", soft_wrap=True)
-    elif measured[0].failure is None:
-        _print_metrics(console, run, measured[0].metrics)
-    facts = [record for each in measured for record in each.records]
-    write_json(json, {"run": run, "metrics": measured[0].metrics, "results": facts})
-    failures = [each for each in measured if each.failure is not None]
-    for each in failures:
-        console.print(f"[bold red]failed[/] {plain(f'{each.asked.name}: {each.failure}')}")
-    if failures:
+            measure.keep(each, asked[0])
+
+    is_interrupted = False
+    try:
+        with Screen(console) as screen:
+            if suite is Choice.ALL:
+                asked += measure.ask_all(
+                    folder, record, config, checkpoint, overrides or (), screen.warn
+                )
+            else:
+                asked.append(measure.ask(folder, record, config, checkpoint))
+            driver.evaluate(asked, screen.show, log_path, take)
+    except KeyboardInterrupt:
+        is_interrupted = True
+    finally:
+        found = [each for each in measured if each.failure is None]
+        if suite is Choice.ALL and found:
+            _print_results(console, found)
+            console.print(f"A file for each result: {folder.url}/{measure.SUITE}", soft_wrap=True)
+        elif found:
+            _print_metrics(console, run, found[0].metrics)
+        why_not = {each.asked.name: each.failure for each in measured if each.failure is not None}
+        if measured:
+            why_not |= {each.name: "the command ended before" for each in asked[len(measured) :]}
+        for name, why in why_not.items():
+            console.print(f"[bold red]not measured[/] {plain(f'{name}: {why}')}", soft_wrap=True)
+    if is_interrupted:
+        console.print("Interrupted.")
+        sys.exit(130)
+    if why_not:
         console.print(f"Details: {log_path}", soft_wrap=True)
         sys.exit(1)
+
+
+def _facts(run: str, measured: "Sequence[Measured]") -> dict[str, Any]:
+    """What was found so far."""
+    return {
+        "run": run,
+        "metrics": measured[0].metrics,
+        "results": [record for each in measured for record in each.records],
+        "failures": {
+            each.asked.name: each.failure for each in measured if each.failure is not None
+        },
+    }
 
 
 def _print_metrics(console: Console, run: str, metrics: dict[str, float]) -> None:

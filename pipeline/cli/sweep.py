@@ -49,7 +49,7 @@ def sweep(
     console: Console = context.obj
     with console.status("Planning every run ..."):
         planned = plan_sweep(values, str(config), axes, asha)
-    log_path = log_path_of(planned.config)
+    log_path = log_path_of(console, planned.config)
     console.print(
         f"[bold]gammaray[/] sweeps '{planned.name}': {len(planned.trials)} runs. "
         f"What Ray and DeepSpeed print: {log_path}",

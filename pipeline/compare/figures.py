@@ -1,12 +1,15 @@
 """Figures of a comparison: learning curves on samples and on time, quality against cost."""
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pipeline.compare.curves import Course, Floats, band
-from pipeline.compare.measure import LOSS, Comparison, Measured
+from pipeline.compare.measure import LOSS, Comparison, Measured, direction
 from pipeline.compare.write import counts, is_share, time_unit
 
 if TYPE_CHECKING:
@@ -18,13 +21,14 @@ FEW = 3  # points of a curve that show little of the way
 WIDE = 70  # characters of a line of a legend,
 WIDTH = 5.3  # the inches that these take,
 LINE = 0.17  # and the height of a line
+MOST = 24  # groups that are told apart
 
 
 def draw_curves(comparison: Comparison, path: Path) -> bool:
     """Draw metrics over samples and over time trained; give whether there was any point.
 
     A line for each run, pale, and dashed where it is in no mean; the mean of each group with its
-    spread. The loss too, where evaluations say little of the way.
+    spread. The loss too, where evaluations say little of the way. Of many groups the best ones.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -32,15 +36,16 @@ def draw_curves(comparison: Comparison, path: Path) -> bool:
     names = _drawn(comparison)
     if not names:
         return False
+    shown = _shown(comparison)
     figure = Figure(figsize=(11, 3.2 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), 2, squeeze=False, sharey="row")
-    unit, length = time_unit(_longest(comparison))
+    unit, length = time_unit(_longest(shown))
     for row, name in zip(panels, names, strict=True):
         for axes, way, scale, label in (
             (row[0], Course.over_samples, 1.0, "samples seen"),
             (row[1], Course.over_time, length, f"{unit} of training"),
         ):
-            for number, each in enumerate(comparison.groups):
+            for number, each in enumerate(shown):
                 _draw_group(axes, each, name, way, scale, number)
             axes.set_xlabel(label, fontsize=9)
             axes.grid(alpha=0.3)
@@ -49,10 +54,10 @@ def draw_curves(comparison: Comparison, path: Path) -> bool:
                 axes.yaxis.set_major_formatter(_percent())
         row[0].xaxis.set_major_formatter(EngFormatter())
         row[0].set_title(_title(comparison, name), fontsize=10, loc="left")
-    left_out = any(member.why_not for each in comparison.groups for member in each.members)
+    left_out = any(member.why_not for each in shown for member in each.members)
     marks = [("-", "pale: a run; thick: the mean of a group, and one standard deviation")]
     marks += [("--", "a run that is in no mean")] if left_out else []
-    _add_legend(figure, _legend(comparison, *marks))
+    _add_legend(figure, _legend(comparison, shown, *marks))
     figure.savefig(path, dpi=110)
     return True
 
@@ -60,8 +65,8 @@ def draw_curves(comparison: Comparison, path: Path) -> bool:
 def draw_pareto(comparison: Comparison, path: Path) -> bool:
     """Draw metrics against cost; give whether any group has both.
 
-    Small: runs. Large: the mean of each group, with its spread. The line joins the groups that no
-    other beats.
+    Small: runs. Large: the mean of each group, with its spread; of many groups the best ones, the
+    others are gray. The line joins the groups that no other beats.
     """
     from matplotlib.figure import Figure
 
@@ -72,11 +77,15 @@ def draw_pareto(comparison: Comparison, path: Path) -> bool:
     ][:PANELS]
     if not names:
         return False
+    shown = _shown(comparison)
+    labels = {each.group.label for each in shown}
+    others = [each for each in comparison.groups if each.group.label not in labels]
     figure = Figure(figsize=(max(6.5, 4.6 * len(names)), 4.2), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     unit, length = time_unit(max(each.cost.mean for each in comparison.groups if each.cost))
     for axes, name in zip(panels, names, strict=True):
-        for number, each in enumerate(comparison.groups):
+        axes.plot(*_places(others, name, length), ".", color="lightgray", zorder=0)
+        for number, each in enumerate(shown):
             _draw_cost(axes, each, name, length, number)
         _draw_front(axes, comparison, name, length)
         axes.set_title("\n".join(textwrap.wrap(name, 44)), fontsize=10, loc="left")
@@ -87,9 +96,21 @@ def draw_pareto(comparison: Comparison, path: Path) -> bool:
             axes.yaxis.set_major_formatter(_percent())
     is_line = any(len(comparison.front(name)) > 1 for name in names)
     marks = [("--", "the front: no other group is both cheaper and better")] if is_line else []
-    _add_legend(figure, _legend(comparison, *marks))
+    _add_legend(figure, _legend(comparison, shown, *marks))
     figure.savefig(path, dpi=110)
     return True
+
+
+def _shown(comparison: Comparison) -> list[Measured]:
+    """The groups that are told apart: all, or of many the best in the first metric."""
+    found = list(comparison.groups)
+    if len(found) > MOST and comparison.metrics:
+        name = comparison.metrics[0]
+        sign = 1 if direction(name) == "lower" else -1
+        values = [each.results[name].final for each in found]
+        ranks = [math.inf if value is None else sign * value.mean for value in values]
+        found = [found[place] for place in np.argsort(ranks, kind="stable")]
+    return found[:MOST]
 
 
 def _drawn(comparison: Comparison) -> list[str]:
@@ -105,9 +126,9 @@ def _drawn(comparison: Comparison) -> list[str]:
     return names
 
 
-def _longest(comparison: Comparison) -> float:
+def _longest(groups: Sequence[Measured]) -> float:
     return max(
-        (member.course.seconds or 0.0 for each in comparison.groups for member in each.members),
+        (member.course.seconds or 0.0 for each in groups for member in each.members),
         default=0.0,
     )
 
@@ -183,24 +204,37 @@ def _draw_cost(axes: "Axes", each: Measured, name: str, length: float, number: i
 
 
 def _draw_front(axes: "Axes", comparison: Comparison, name: str, length: float) -> None:
-    labels = comparison.front(name)
-    places = sorted(
+    labels = set(comparison.front(name))
+    front = [each for each in comparison.groups if each.group.label in labels]
+    costs, values = _places(front, name, length)
+    if len(costs) > 1:
+        order = np.argsort(costs)
+        axes.plot(costs[order], values[order], color="gray", linewidth=1, linestyle="--", zorder=0)
+
+
+def _places(groups: Sequence[Measured], name: str, length: float) -> tuple[Floats, Floats]:
+    """Costs and values of the groups that have both."""
+    found = [
         (each.cost.mean / length, final.mean)
-        for each in comparison.groups
-        if each.group.label in labels
-        and each.cost is not None
-        and (final := each.results[name].final) is not None
-    )
-    if len(places) > 1:
-        axes.plot(*zip(*places, strict=True), color="gray", linewidth=1, linestyle="--", zorder=0)
+        for each in groups
+        if each.cost is not None and (final := each.results[name].final) is not None
+    ]
+    costs, values = np.array(found).reshape(-1, 2).T
+    return costs, values
 
 
-def _legend(comparison: Comparison, *more: tuple[Any, str]) -> list[tuple[dict[str, Any], str]]:
-    """Style and meaning of a line for each group, and of `more` gray ones."""
+def _legend(
+    comparison: Comparison, shown: Sequence[Measured], *more: tuple[Any, str]
+) -> list[tuple[dict[str, Any], str]]:
+    """Style and meaning of a line for each group that is shown, and of `more` gray ones."""
     groups = [
         ({"color": _color(number), "linewidth": 2, "marker": "o", "markersize": 5}, _told(each))
-        for number, each in enumerate(comparison.groups)
+        for number, each in enumerate(shown)
     ]
+    if len(shown) < len(comparison.groups):
+        best = f"the best {len(shown)} of {len(comparison.groups):,} groups"
+        of = f" in {comparison.metrics[0]}" if comparison.metrics else ""
+        groups.append(({"linewidth": 0}, f"{best}{of}; comparison.md has all"))
     return groups + [
         ({"color": "gray", "linewidth": 1, "linestyle": style}, meaning) for style, meaning in more
     ]

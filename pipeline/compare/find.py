@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pipeline.compare.curves import Course
 from pipeline.compare.measure import needed
 from pipeline.errors import UserError
-from pipeline.tracking.search import Tracked, get_runs, search_runs
+from pipeline.tracking.search import Tracked, get_runs, read_runs, search_runs
 from pipeline.tracking.tracker import RunRef, read_history
 
 SWEEP = "gammaray.sweep"  # tag of a sweep's own run, whose children are its runs
@@ -34,7 +34,7 @@ def find_runs(
             "nothing to compare; give runs (folders, names or ids), --experiment NAME, or "
             "--where FILTER"
         )
-    named = [run for ref in folders for run in get_runs(ref.uri, ref.run_id)]
+    named = read_runs(folders)
     named += [run for name in names for run in get_runs(uri, name)]
     found = [each for run in named for each in _runs_of(run)]
     if experiment is not None or where is not None:
@@ -66,4 +66,10 @@ def _runs_of(run: Tracked) -> list[Tracked]:
 
 def read_courses(runs: Sequence[Tracked], metrics: Sequence[str]) -> Mapping[str, Course]:
     """How each run went, by its id: the points of `metrics` and of what time is made of."""
-    return {run.ref.run_id: Course(points=read_history(run.ref, needed(metrics))) for run in runs}
+    return {run.ref.run_id: _read_course(run, needed(metrics)) for run in runs}
+
+
+def _read_course(run: Tracked, names: Sequence[str]) -> Course:
+    """A metric that the run has not logged is not asked for."""
+    logged = read_history(run.ref, [name for name in names if name in run.metrics])
+    return Course(points={name: logged.get(name, []) for name in names})

@@ -52,8 +52,14 @@ def group_runs(runs: Sequence[Tracked]) -> list[Group]:
         found.setdefault(tuple(sorted(config_of(run).items())), []).append(run)
     configs = [dict(key) for key in found]
     keys = differing(configs)
+    telling = _telling(configs, keys)
     return [
-        Group(label=_letters(number), what=_what(config, keys), config=config, runs=tuple(members))
+        Group(
+            label=_letters(number),
+            what=_what(config, telling, len(keys) - len(telling)),
+            config=config,
+            runs=tuple(members),
+        )
         for number, (config, members) in enumerate(zip(configs, found.values(), strict=True))
     ]
 
@@ -76,11 +82,22 @@ def _place(key: str) -> int:
     return ORDER.index(section) if section in ORDER else len(ORDER)
 
 
-def _what(config: Mapping[str, str], keys: Sequence[str]) -> str:
+def _telling(configs: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[str]:
+    """The few of the keys that tell the most configs apart, in their order."""
+    chosen: list[str] = []
+
+    def kinds(key: str) -> int:
+        return len({tuple(config.get(each) for each in (*chosen, key)) for config in configs})
+
+    while len(chosen) < min(NAMED, len(keys)):
+        chosen.append(max((key for key in keys if key not in chosen), key=kinds))
+    return sorted(chosen, key=keys.index)
+
+
+def _what(config: Mapping[str, str], keys: Sequence[str], more: int) -> str:
     if not keys:
         return "one config"
-    told = [f"{key}={_short(config.get(key, ABSENT))}" for key in keys[:NAMED]]
-    more = len(keys) - len(told)
+    told = [f"{key}={_short(config.get(key, ABSENT))}" for key in keys]
     return ", ".join(told) + (f" and {more} more" if more else "")
 
 

@@ -197,14 +197,12 @@ def pareto_front(places: Mapping[str, tuple[float, float]], better: Better) -> l
     """The names of (cost, quality) that no other beats: cheaper or better, and in nothing worse."""
     sign = 1 if better == "higher" else -1
     scored = {name: (cost, -sign * quality) for name, (cost, quality) in places.items()}
-    return [
-        name
-        for name, mine in scored.items()
-        if not any(
-            other[0] <= mine[0] and other[1] <= mine[1] and other != mine
-            for other in scored.values()
-        )
-    ]
+    front, best = set(), math.inf
+    for place in sorted(set(scored.values())):  # from the cheapest on, the best first
+        if place[1] < best:
+            front.add(place)
+            best = place[1]
+    return [name for name, place in scored.items() if place in front]
 
 
 def _judge(run: Tracked, course: Course, metrics: Sequence[str]) -> Member:

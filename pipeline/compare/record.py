@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pipeline.compare.find import COMPARED
 from pipeline.compare.measure import Comparison
-from pipeline.tracking.tracker import RunRef, close_run, log_artifacts, open_run
+from pipeline.errors import UserError
+from pipeline.tracking.tracker import RunRef, close_run, open_run, upload
 
 NAME = 200  # characters
 IDS = 5000  # characters of a tag
@@ -40,12 +41,19 @@ def record(comparison: Comparison, folder: Path) -> RunRef:
         },
         run_id=None,
     )
-    log_artifacts(run, folder)
+    try:
+        upload(run, folder)
+    except UserError:
+        close_run(run, "FAILED")
+        raise
     close_run(run, "FINISHED")
     return run
 
 
 def record_in(run: RunRef, folder: Path) -> RunRef:
-    """Keep all files of `folder` in the run of the sweep that was compared."""
-    log_artifacts(run, folder)
+    """Keep all files of `folder` in the run of the sweep that was compared.
+
+    Raises `UserError` when the tracker refuses.
+    """
+    upload(run, folder)
     return run

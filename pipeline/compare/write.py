@@ -10,6 +10,7 @@ from pipeline.compare.group import ABSENT, seed_of
 from pipeline.compare.measure import Comparison, Measured, Member, Spread, direction
 
 RESULTS = ("group (runs)", "final", "best", "equal samples", "equal time", "front")
+ACROSS = 8  # groups that have a column each; more have a row each
 UNITS = (("hours", 3600.0), ("minutes", 60.0))
 HOW = """\
 Runs of one config, the seed apart, are a group. Of its finished runs: mean ± sample standard
@@ -42,10 +43,16 @@ def say(metric: str, spread: Spread | None, runs: int) -> str:
     """A mean with its spread as a cell of a table, and of how many if not of all `runs`."""
     if spread is None:
         return ABSENT
-    factor, digits = (100.0, 1) if is_share(metric) else (1.0, 4)
-    sd = "" if spread.sd is None else f" ± {factor * spread.sd:.{digits}f}"
+    sd = "" if spread.sd is None else f" ± {say_value(metric, spread.sd)}"
     few = "" if spread.n == runs else f" ({spread.n})"
-    return f"{factor * spread.mean:.{digits}f}{sd}{few}"
+    return f"{say_value(metric, spread.mean)}{sd}{few}"
+
+
+def say_value(metric: str, value: float) -> str:
+    """A value in the unit in which its metric is said: a share in percent, a count whole."""
+    if is_share(metric):
+        return f"{100 * value:.1f}"
+    return f"{value:,.0f}" if value.is_integer() else f"{value:.4f}"
 
 
 def say_time(spread: Spread | None, of: str = "") -> str:
@@ -63,17 +70,27 @@ def counts(each: Measured) -> str:
     return str(counted) if counted == all_runs else f"{counted} of {all_runs}"
 
 
-def config_rows(comparison: Comparison) -> list[list[str]]:
-    """What differs: a row for each key, with its value in each group."""
-    return [
-        [key, *(each.group.config.get(key, ABSENT) for each in comparison.groups)]
+def config_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """What differs, as titles and rows: a column for each group, or a row where they are many."""
+    labels = [each.group.label for each in comparison.groups]
+    by_key = [[key, *values] for key, values in _differences(comparison).items()]
+    if len(labels) <= ACROSS:
+        return ["what differs", *labels], by_key
+    titles, *rows = zip(["group", *labels], *by_key, strict=True)
+    return list(titles), [list(row) for row in rows]
+
+
+def _differences(comparison: Comparison) -> dict[str, list[str]]:
+    """The value of each group, by key."""
+    return {
+        key: [each.group.config.get(key, ABSENT) for each in comparison.groups]
         for key in comparison.differs
-    ]
+    }
 
 
 def result_rows(comparison: Comparison, metric: str) -> list[list[str]]:
     """What came of it: a row for each group with `RESULTS`."""
-    front = comparison.front(metric)
+    front = set(comparison.front(metric))
     return [
         [
             f"{each.group.label} ({counts(each)})",
@@ -118,7 +135,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             }
             for name in comparison.metrics
         },
-        "differs": {row[0]: row[1:] for row in config_rows(comparison)},
+        "differs": _differences(comparison),
         "groups": [_group(each) for each in comparison.groups],
         "warnings": list(comparison.warnings),
     }
@@ -134,8 +151,7 @@ def write_files(comparison: Comparison, figures: Sequence[str], folder: Path) ->
 def _differs(comparison: Comparison) -> str:
     if not comparison.differs:
         return "Nothing but the seed."
-    labels = [each.group.label for each in comparison.groups]
-    return _table(["key", *labels], config_rows(comparison))
+    return _table(*config_table(comparison))
 
 
 def _results(comparison: Comparison) -> str:
@@ -177,9 +193,7 @@ def _runs(comparison: Comparison) -> str:
 
 def _value(metric: str, member: Member) -> str:
     value = member.final(metric)
-    if value is None:
-        return ABSENT
-    return f"{100 * value:.1f}" if is_share(metric) else f"{value:.4f}"
+    return ABSENT if value is None else say_value(metric, value)
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

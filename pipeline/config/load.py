@@ -97,13 +97,25 @@ def _absolute(config: Config) -> Config:
         )
         for probe in config.evaluate.linear_probe
     )
+    tasks = tuple(
+        each.model_copy(update={"classes": resolve_path(each.classes, base)})
+        if each.classes is not None
+        else each
+        for each in config.evaluate.zero_shot
+    )
+    uri, scheme = config.tracking.uri, "sqlite:///"
+    if uri.startswith(scheme):
+        uri = scheme + resolve_path(uri.removeprefix(scheme), base)
     storage = resolve_path(config.cluster.storage, base)
     return config.model_copy(
         update={
             "data": data.model_copy(update=changes),
             "model": model,
             "task": task,
-            "evaluate": config.evaluate.model_copy(update={"linear_probe": probes}),
+            "evaluate": config.evaluate.model_copy(
+                update={"linear_probe": probes, "zero_shot": tasks}
+            ),
+            "tracking": config.tracking.model_copy(update={"uri": uri}),
             "cluster": config.cluster.model_copy(update={"storage": storage}),
         }
     )

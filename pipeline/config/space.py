@@ -115,6 +115,7 @@ def _labels(keys: Sequence[str]) -> list[str]:
 
 
 def _slug(value: Any) -> str:
-    """A value with only what a run's name may hold."""
+    """A value with only what a run's name may hold: -1 is minus1, for dashes part and may fall."""
     text = value if isinstance(value, str) else json.dumps(value)
+    text = re.sub(r"(?<![A-Za-z0-9.])-(?=[0-9.])", "minus", text)
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")

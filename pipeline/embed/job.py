@@ -8,33 +8,34 @@ when all are made, as `gammaray data prepare` does.
 Enters: IN, OUT, a checkpoint. Leaves: files of Parquet and _embedding.json. Must not know: Ray.
 """
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.data.layout import Catalog, read_catalog
+from pipeline.data.layout import Catalog, Shard, read_catalog
 from pipeline.data.prepare.gather import read_shards
 from pipeline.data.prepare.job import Listener, Runner, Silent, check_places, make_missing
 from pipeline.data.prepare.stats import add_counts
 from pipeline.data.prepare.store import PLAN, SHARDS, WORK, Store
-from pipeline.data.storage import open_filesystem
+from pipeline.data.storage import explain, open_filesystem, retried
 from pipeline.embed.encoder import Checkpoint
 from pipeline.embed.pieces import Piece, cut_pieces
 from pipeline.embed.work import Embed
 from pipeline.errors import UserError
 
-FORMAT = 1  # raise it whenever the same rows and weights would give other files
+FORMAT = 2  # raise it whenever the same rows and weights would give other files
 FACTS = "_embedding.json"  # the mark that all is there; readers of a folder pass over such names
+FILES_AT_ONCE = 16  # that are looked at
+SHOWN = 4  # of changed files, by name
 PIECE_ROWS = 2048  # a file holds at most so many rows, or one row group
 IN, OUT = "IN", "OUT"
 WORDS = {  # of the record: what differs, and what to do
     "format": "was made by another version of gammaray",
     "weights": "was made with another checkpoint, {before}, and this is {now}",
-    "source": "was made of other files than IN holds now",
     "columns": "was made of other columns, {before}, now {now}",
 }
 
@@ -66,7 +67,7 @@ def embed(
     store, listener = Store(root=out), listener or Silent()
     check_places(path, out)
     _check_folder(out)
-    catalog = read_catalog(path, IN, image_column, caption_column, split="all", either=True)
+    catalog = _read_catalog(path, image_column, caption_column)
     record = _make_record(checkpoint, catalog, piece_rows)
     begun = _look_at(store, record)
     if (finished := store.read_json(FACTS)) is not None:
@@ -99,17 +100,47 @@ def embed(
     return Outcome(out=out, facts=facts, embedded=catalog.num_rows - there)
 
 
+def _read_catalog(path: str, image: str, caption: str) -> Catalog:
+    try:
+        return read_catalog(path, IN, image, caption, split="all", either=True)
+    except UserError as error:
+        text = str(error)
+        for column in ("image", "caption"):
+            option = f"--{column}-column"
+            text = text.replace(f"data.{column}_column=...", f"{option} NAME")
+            text = text.replace(f"data.{column}_column", option)
+        choose = "name the column with --image-column or --caption-column"
+        raise UserError(text.replace("set the column in the config", choose)) from error
+
+
 def _make_record(checkpoint: Checkpoint, catalog: Catalog, piece_rows: int) -> dict[str, Any]:
     columns = catalog.sources[0].columns
-    paths = "\n".join(shard.path for shard in catalog.shards)
     return {
         "format": FORMAT,
         "run": checkpoint.url,
         "checkpoint": checkpoint.name,
         "weights": checkpoint.weights,
-        "source": hashlib.sha256(f"{catalog.digest}\n{paths}".encode()).hexdigest(),
         "columns": [columns.image, columns.caption],
         "piece_rows": piece_rows,
+        "shards": _find_shards(catalog),
+    }
+
+
+def _find_shards(catalog: Catalog) -> dict[str, list[int]]:
+    """Of each file of IN its bytes and its date, by which another one in its place is known."""
+    filesystem, _ = open_filesystem(catalog.root)
+
+    def look(shard: Shard) -> pafs.FileInfo:
+        return retried(lambda: filesystem.get_file_info(shard.path), shard.path, filesystem)
+
+    try:
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            found = list(pool.map(look, catalog.shards))
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{IN}: {catalog.root} cannot be read: {explain(error)}") from error
+    return {
+        shard.path: [shard.size, info.mtime_ns or 0]
+        for shard, info in zip(catalog.shards, found, strict=True)
     }
 
 
@@ -150,6 +181,11 @@ def _look_at(store: Store, record: dict[str, Any]) -> dict[str, Any] | None:
         if names:
             store.refuse(names)
         return None
+    if "weights" not in begun:
+        raise UserError(
+            f"{OUT}: {store.root} holds a `gammaray data prepare` that is not finished; choose "
+            "another folder, or remove it"
+        )
     for name, words in WORDS.items():
         if begun.get(name) != record[name]:
             said = words.format(before=_say(name, begun), now=_say(name, record))
@@ -157,7 +193,23 @@ def _look_at(store: Store, record: dict[str, Any]) -> dict[str, Any] | None:
                 f"{OUT}: {store.root} {said}; {_remedy(name, begun, record)}choose another folder, "
                 "or remove it"
             )
+    changed = _changed(begun["shards"], record["shards"])
+    if changed:
+        raise UserError(
+            f"{OUT}: {store.root} was made of other files than IN holds now (paths, sizes and "
+            f"dates are compared): {changed}; restore them, choose another folder, or remove it"
+        )
     return begun
+
+
+def _changed(before: Mapping[str, list[int]], now: Mapping[str, list[int]]) -> str:
+    """Which files are not as they were, some by name; nothing where all are."""
+    said = [
+        f"{path} {'is new' if path not in before else 'is gone' if path not in now else 'changed'}"
+        for path in sorted(before.keys() | now.keys())
+        if before.get(path) != now.get(path)
+    ]
+    return ", ".join(said[:SHOWN]) + (f" and {len(said) - SHOWN} more" if said[SHOWN:] else "")
 
 
 def _say(name: str, record: dict[str, Any]) -> str:

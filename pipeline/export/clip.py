@@ -21,10 +21,11 @@ from pipeline.train.module import TOWERS
 
 USE_TRANSFORMERS = """\
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import CLIPModel, CLIPProcessor
 
 folder, images, texts = ".", [Image.open("picture.jpg")], ["a red circle", "a blue square"]
+images = [ImageOps.exif_transpose(each) for each in images]
 model = CLIPModel.from_pretrained(folder)
 processor = CLIPProcessor.from_pretrained(folder)
 inputs = processor(text=texts, images=images, padding=True, truncation=True, return_tensors="pt")
@@ -36,9 +37,10 @@ probabilities = found.logits_per_image.softmax(dim=1)
 USE_OPEN_CLIP = """\
 import open_clip
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 folder, images, texts = ".", [Image.open("picture.jpg")], ["a red circle", "a blue square"]
+images = [ImageOps.exif_transpose(each) for each in images]
 model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
 tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
 model.eval()
@@ -101,9 +103,6 @@ def save_open_clip(trained: Trained, folder: Path, dtype: torch.dtype) -> list[s
     _save_inputs(trained, towers, folder)
     return [
         *_notes(trained),
-        "OpenCLIP's tokenizer mends broken encoding, HTML entities and runs of blanks in a text "
-        "first; training here did so only with `data.clean_captions` (of this run: "
-        f"{str(trained.config.data.clean_captions).lower()}).",
         "Before you put this folder on the hub, set `text_cfg.hf_tokenizer_name` in "
         "open_clip_config.json to the repository's id.",
     ]

@@ -7,17 +7,20 @@ safetensors    all weights by our names in one file, with the run's config
 Enters: the folder of a run. Leaves: a folder, whole or not at all.
 """
 
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pipeline.config.load import dump
+from pipeline.data.storage import explain
 from pipeline.errors import UserError
 from pipeline.export import clip, fusion
 from pipeline.export.card import write_card
@@ -57,21 +60,16 @@ def export_run(
 
     Raises `UserError` when it cannot have this form, or cannot be read.
     """
-    _check_out(out)
     save, use = _way(form, record)
-    trained = read_trained(folder, record, checkpoint)
-    measures, lack = _read_measures(trained)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        notes = save(trained, unfinished, DTYPES[dtype])
-        card = write_card(trained, measures, form=form, dtype=dtype, use=use, notes=notes)
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
-        unfinished.chmod(0o755)
-        unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    with _unfinished(out) as unfinished:  # before the weights are read: that takes its time
+        trained = read_trained(folder, record, checkpoint)
+        measures, lack = _read_measures(trained)
+        with _writing(out):
+            notes = save(trained, unfinished, DTYPES[dtype])
+            card = write_card(trained, measures, form=form, dtype=dtype, use=use, notes=notes)
+            (unfinished / "README.md").write_text(card, encoding="utf-8")
+            unfinished.chmod(0o755)
+            unfinished.rename(out)
     files = {
         path.relative_to(out).as_posix(): path.stat().st_size
         for path in sorted(out.rglob("*"))
@@ -80,11 +78,32 @@ def export_run(
     return Exported(checkpoint=trained.checkpoint, files=files, lack=lack)
 
 
-def _check_out(out: Path) -> None:
+@contextlib.contextmanager
+def _unfinished(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, which must not be; it is gone afterwards unless it was renamed."""
     if ":/" in str(out):
         raise UserError(f"OUT: {out} is a URL; give a local folder, and copy it there afterwards")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"OUT: {out} is there already; give a new folder, or remove it")
+    with _writing(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"OUT: {out} is there already; give a new folder, or remove it")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """What the disk refuses is a `UserError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        raise UserError(
+            f"OUT: {out} cannot be written ({explain(error)}); give a folder on a disk that has "
+            "room, where you may write"
+        ) from error
 
 
 def _way(form: Form, record: RunRecord) -> tuple[Save, str]:

@@ -23,12 +23,13 @@ from pipeline.train.module import TOWERS
 WHOLE = ("vision_model.", "text_model.", "fusion_encoder.")  # parts that are models of their own
 USE = """\
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch.nn.functional import linear, normalize
 from transformers import AutoImageProcessor, AutoTokenizer, BertModel, ViTModel
 
 folder, images, texts = ".", [Image.open("picture.jpg")], ["a red circle"]
+images = [ImageOps.exif_transpose(each) for each in images]
 vit = ViTModel.from_pretrained(f"{folder}/image", add_pooling_layer=False)
 bert = BertModel.from_pretrained(f"{folder}/text", add_pooling_layer=False)
 fusion = BertModel.from_pretrained(f"{folder}/fusion", add_pooling_layer=False).encoder

@@ -42,14 +42,15 @@ class Trained:
 def read_trained(folder: RunFolder, record: RunRecord, checkpoint: str | None) -> Trained:
     """Read a checkpoint of a run: the newest, or the named one; of any ZeRO stage and world size.
 
-    Raises `UserError` when there is no such checkpoint, or it is not what its manifest says.
+    What the run began with (`model.pretrained` and the like) is not needed. Raises `UserError` when
+    there is no such checkpoint, or it is not what its manifest says.
     """
     name = folder.checkpoint(checkpoint)
     config = parse_config(record.config, f"the record of {folder.url}")
-    module = build_module(config, record.tokenizer, record.asked)
     try:
         with fetched(folder, name) as files:
             meta = read_meta(files)
+            module = _build(config, record, meta)
             module.load_state_dict(load_weights(files, meta["zero_stage"]))
     except Damaged as damage:
         raise UserError(
@@ -64,3 +65,16 @@ def read_trained(folder: RunFolder, record: RunRecord, checkpoint: str | None) -
         meta=meta,
         module=module.float().eval(),
     )
+
+
+def _build(config: Config, record: RunRecord, meta: dict[str, Any]) -> Module:
+    like = meta.get("architecture")
+    if like is None:  # a checkpoint of an older version
+        return build_module(config, record.tokenizer, record.asked)
+    model, nothing = config.model, {"pretrained": None}
+    parts = {
+        "image": model.image.model_copy(update=nothing),
+        "text": model.text.model_copy(update=nothing),
+    }
+    plain = config.model_copy(update={"model": model.model_copy(update={**nothing, **parts})})
+    return build_module(plain, record.tokenizer, record.asked, like)

@@ -9,7 +9,7 @@ masked words what they are; fused states. Must not know: the losses, the data, D
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,10 @@ from pipeline.models.towers import (
 
 IMAGE_PLACES = "embeddings.position_embeddings"  # a ViT's
 NO_LABEL = -100  # torch's cross-entropy leaves such rows out
+# What a pretrained ViT decides, and a BERT.
+OF_VIT = ("hidden_act", "layer_norm_eps", "qkv_bias")
+OF_BERT = ("vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_act",
+           "layer_norm_eps")  # fmt: skip
 BERT_WIDTH, BERT_STD = 768, 0.02  # the width for which BERT and ViT draw weights with this std
 
 
@@ -246,14 +250,16 @@ def build_fusion(
     mean: Sequence[float],
     std: Sequence[float],
     independent: bool = False,
+    like: Mapping[str, Any] | None = None,
 ) -> Fusion:
     """Build the model with random weights, or with `config.image` and `config.text` pretrained.
 
-    `pad` is the tokenizer's id. Raises `UserError` when pretrained weights cannot be loaded or do
-    not fit the tokenizer or the configured sizes.
+    `pad` is the tokenizer's id; `like` are the configurations of another's transformers, whose
+    vocabulary, activations and more then are this one's. Raises `UserError` when pretrained weights
+    cannot be loaded or do not fit the tokenizer or the configured sizes.
     """
-    vision = _vision(config)
-    text, fusion = _text_and_fusion(config, vocab_size, pad)
+    vision = _vision(config, like)
+    text, fusion = _text_and_fusion(config, vocab_size, pad, like)
     if config.gradient_checkpointing:
         for part in (vision, text, fusion):
             part.gradient_checkpointing_enable({"use_reentrant": False})
@@ -262,21 +268,21 @@ def build_fusion(
     )
 
 
-def _vision(config: ModelConfig) -> ViTModel:
+def _vision(config: ModelConfig, like: Mapping[str, Any] | None) -> ViTModel:
     image = config.image
-    model = ViTModel(
-        ViTConfig(
-            hidden_size=image.width,
-            intermediate_size=4 * image.width,
-            num_hidden_layers=image.layers,
-            num_attention_heads=image.heads,
-            image_size=image.size,
-            patch_size=image.patch,
-            initializer_range=initial_std(image.width),
-        ),
-        add_pooling_layer=False,
-    )
+    sizes: dict[str, Any] = {
+        "hidden_size": image.width,
+        "intermediate_size": 4 * image.width,
+        "num_hidden_layers": image.layers,
+        "num_attention_heads": image.heads,
+        "image_size": image.size,
+        "patch_size": image.patch,
+        "initializer_range": initial_std(image.width),
+    }
+    if like is not None:
+        sizes |= {name: like["vision_config"][name] for name in OF_VIT}
     if image.pretrained is None:
+        model = ViTModel(ViTConfig(**sizes), add_pooling_layer=False)
         with torch.no_grad():
             places = model.embeddings.position_embeddings
             places.copy_(begin_places(image.size // image.patch, image.width))
@@ -295,6 +301,8 @@ def _vision(config: ModelConfig) -> ViTModel:
             ("width (of its MLPs)", 4 * image.width, found.config.intermediate_size),
         ),
     )
+    sizes |= {name: getattr(found.config, name) for name in OF_VIT}
+    model = ViTModel(ViTConfig(**sizes), add_pooling_layer=False)
     weights = found.state_dict()
     own = model.embeddings.position_embeddings
     weights[IMAGE_PLACES] = fit_places(weights[IMAGE_PLACES], own.shape[1])
@@ -331,7 +339,9 @@ def fit_places(
     return torch.cat([places[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
-def _text_and_fusion(config: ModelConfig, vocab_size: int, pad: int) -> tuple[BertModel, BertModel]:
+def _text_and_fusion(
+    config: ModelConfig, vocab_size: int, pad: int, like: Mapping[str, Any] | None
+) -> tuple[BertModel, BertModel]:
     """Two BERTs, of the second of which only the encoder is wanted."""
     text, layers = config.text, config.fusion.layers
     sizes: dict[str, Any] = {
@@ -345,6 +355,8 @@ def _text_and_fusion(config: ModelConfig, vocab_size: int, pad: int) -> tuple[Be
         "pad_token_id": pad,
         "initializer_range": initial_std(text.width),
     }
+    if like is not None:
+        sizes |= {name: like["text_config"][name] for name in OF_BERT}
     if text.pretrained is None:
         model = BertModel(
             BertConfig(**sizes, num_hidden_layers=text.layers), add_pooling_layer=False
@@ -375,13 +387,7 @@ def _text_and_fusion(config: ModelConfig, vocab_size: int, pad: int) -> tuple[Be
             f"model.text.pretrained: {text.pretrained!r} has {theirs.num_hidden_layers} layers; "
             f"model.text.layers {text.layers} and model.fusion.layers {layers} are more: lower one"
         )
-    sizes |= {
-        "vocab_size": theirs.vocab_size,
-        "max_position_embeddings": theirs.max_position_embeddings,
-        "type_vocab_size": theirs.type_vocab_size,
-        "hidden_act": theirs.hidden_act,
-        "layer_norm_eps": theirs.layer_norm_eps,
-    }
+    sizes |= {name: getattr(theirs, name) for name in OF_BERT}
     model = BertModel(BertConfig(**sizes, num_hidden_layers=text.layers), add_pooling_layer=False)
     model.embeddings.load_state_dict(whole.embeddings.state_dict())
     model.encoder.layer.load_state_dict(whole.encoder.layer[: text.layers].state_dict())

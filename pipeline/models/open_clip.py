@@ -151,7 +151,9 @@ def read_config(given: Mapping[str, Any]) -> CLIPConfig:
     if pooling not in ("argmax", "eos"):
         raise UserError(f"its text_cfg.pool_type is {pooling}; CLIP's is argmax or eos")
     activation = "quick_gelu" if given.get("quick_gelu", False) else "gelu"
-    dim = given["embed_dim"]
+    dim = given.get("embed_dim")
+    if not isinstance(dim, int):
+        raise UserError(f"its embed_dim is {dim!r}; it must be a number")
     return CLIPConfig(
         projection_dim=dim,
         vision_config=CLIPVisionConfig(
@@ -182,6 +184,8 @@ def _section(
     given: Mapping[str, Any], name: str, sizes: Mapping[str, int], more: tuple[str, ...]
 ) -> dict[str, Any]:
     section = given.get(name, {})
+    if not isinstance(section, Mapping):
+        raise UserError(f"its {name} is {section!r}; it must hold sizes")
     for key, value in section.items():
         is_known = key in sizes or key in more or key in NO_MATTER
         if not is_known and value and value != PLAIN.get(key):

@@ -6,7 +6,7 @@ Must not know: the loss, the data, DeepSpeed.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Int, UInt8
@@ -105,14 +105,17 @@ def build_two_tower(
     mean: Sequence[float],
     std: Sequence[float],
     independent: bool = False,
+    like: Mapping[str, Any] | None = None,
 ) -> TwoTower:
     """Build the model with random weights, or load `config.pretrained`.
 
-    `start`, `end`, `pad` are the tokenizer's ids; `independent` as of `TwoTower`. Raises
-    `UserError` when pretrained weights cannot be loaded or do not fit the tokenizer or the
-    configured sizes.
+    `start`, `end`, `pad` are the tokenizer's ids; `independent` as of `TwoTower`; `like` is the
+    configuration of another's towers, which then is this one's. Raises `UserError` when pretrained
+    weights cannot be loaded or do not fit the tokenizer or the configured sizes.
     """
-    if config.pretrained is None:
+    if like is not None:
+        clip = CLIPModel(CLIPConfig.from_dict(dict(like)))
+    elif config.pretrained is None:
         if end == 2:
             raise UserError(
                 "data.tokenizer: its end token has id 2, which transformers' CLIP reads as a "

@@ -215,6 +215,7 @@ def _again(record: Record, name: str, change: str) -> str:
 
 def _scaled(value: str | None, factor: float) -> str:
     try:
-        return f"{float(value or '') * factor:g}"
+        found = float(value or "") * factor
     except ValueError:
         return "VALUE"
+    return f"{found:.0f}" if found.is_integer() else f"{found:g}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import UserError
 from pipeline.tracking.artifacts import Reading, read_files, read_points
-from pipeline.tracking.search import Tracked, get_runs
+from pipeline.tracking.search import Tracked, read_runs
 from pipeline.tracking.tracker import RunRef
 
 FILES = (".png", ".json", ".txt", ".yaml", ".tsv")
@@ -44,7 +44,7 @@ class Record:
 
 def read_record(ref: RunRef) -> Record:
     """Read a run. Raises `UserError` when the tracker does not answer, or has no such run."""
-    (run, *_) = get_runs(ref.uri, ref.run_id)
+    (run,) = read_runs([ref])
     names = [name for name in run.metrics if not name.startswith("system/")]
     try:
         files, lacking = read_files(ref, FILES, MOST_BYTES), None

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.errors import UserError
-from pipeline.tracking.tracker import RunRef, connect
+from pipeline.tracking.tracker import RunRef, connect, refusals
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,15 +23,19 @@ class Reading(NamedTuple):
 
 
 def read_points(ref: RunRef, names: Sequence[str]) -> dict[str, list[Reading]]:
-    """All readings of each metric, by samples."""
-    client = connect(ref.uri)
-    return {
-        name: sorted(
-            Reading(point.step, point.timestamp, point.value)
-            for point in client.get_metric_history(ref.run_id, name)
-        )
-        for name in names
-    }
+    """All readings of each metric, by samples.
+
+    Raises `UserError` when the tracker does not answer, or has no such run.
+    """
+    with refusals(ref.uri, f"give the metrics of run {ref.run_id}"):
+        client = connect(ref.uri)
+        return {
+            name: sorted(
+                Reading(point.step, point.timestamp, point.value)
+                for point in client.get_metric_history(ref.run_id, name)
+            )
+            for name in names
+        }
 
 
 def read_files(ref: RunRef, suffixes: Sequence[str], most_bytes: int) -> dict[str, bytes]:
@@ -40,8 +43,8 @@ def read_files(ref: RunRef, suffixes: Sequence[str], most_bytes: int) -> dict[st
 
     Raises `UserError` when the tracker, or the place where it keeps files, does not give them.
     """
-    client = connect(ref.uri)
-    try:
+    with refusals(ref.uri, f"give the files of run {ref.run_id}"):
+        client = connect(ref.uri)
         wanted = [path for path, size in _walk(client, ref.run_id, None)
                   if path.endswith(tuple(suffixes)) and size <= most_bytes]  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
@@ -49,11 +52,6 @@ def read_files(ref: RunRef, suffixes: Sequence[str], most_bytes: int) -> dict[st
                 path: Path(client.download_artifacts(ref.run_id, path, folder)).read_bytes()
                 for path in wanted
             }
-    except Exception as error:
-        said = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{ref.uri}: the files of run {ref.run_id} cannot be read: {said}"
-        ) from error
 
 
 def _walk(client: "MlflowClient", run_id: str, folder: str | None) -> Iterator[tuple[str, int]]:

@@ -3,9 +3,8 @@
 Enters: a run, a prefix of names, samples. Leaves: the last value of each metric by then.
 """
 
-from pipeline.errors import UserError
 from pipeline.tracking.search import check_exists
-from pipeline.tracking.tracker import RunRef, connect, read_history
+from pipeline.tracking.tracker import RunRef, connect, read_history, refusals
 
 
 def last_measures(ref: RunRef, prefix: str, samples: int) -> dict[str, float]:
@@ -14,12 +13,9 @@ def last_measures(ref: RunRef, prefix: str, samples: int) -> dict[str, float]:
     Raises `UserError` when the tracker does not answer, or has no such run.
     """
     check_exists(ref.uri)
-    try:
+    with refusals(ref.uri, f"give run {ref.run_id}"):
         names = connect(ref.uri).get_run(ref.run_id).data.metrics
-        points = read_history(ref, sorted(name for name in names if name.startswith(prefix)))
-    except Exception as error:
-        said = " ".join(str(error).split())[:300]
-        raise UserError(f"{ref.uri}: MLflow does not give run {ref.run_id}: {said}") from error
+    points = read_history(ref, sorted(name for name in names if name.startswith(prefix)))
     by_then = {
         name: [value for at, value in each if at <= samples] for name, each in points.items()
     }

@@ -4,19 +4,22 @@ Enters: a tracker's URI, names, a filter in MLflow's own words. Leaves: `Tracked
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.errors import UserError
-from pipeline.tracking.tracker import Input, RunRef, check_reachable, connect
+from pipeline.tracking.tracker import DATABASES, Input, RunRef, connect, refusals, silence
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+    from mlflow.store.entities import PagedList
 
-PAGE = 1000  # runs that a search gives at once
+PAGE = 1000  # runs or experiments that a search gives at once
+IDS = 100  # that one search asks for
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,29 +44,36 @@ def search_runs(uri: str, experiment: str | None = None, where: str = "") -> lis
     Raises `UserError` when there is no such tracker or experiment, or the filter is refused.
     """
     check_exists(uri)
-    client = connect(uri)
-    with _refusals(uri):
-        names = {each.experiment_id: each.name for each in client.search_experiments()}
-        ids = [key for key, name in names.items() if experiment in (None, name)]
-    if not ids:
-        raise UserError(
-            f"--experiment: {uri} has no experiment {experiment!r}; it has {sorted(names.values())}"
+    with refusals(uri, "search for runs"):
+        client = connect(uri)
+        experiments = _pages(
+            lambda token: client.search_experiments(max_results=PAGE, page_token=token)
         )
-    found: list[Tracked] = []
-    token: str | None = None
-    with _refusals(uri):
-        while True:
-            page = client.search_runs(
-                ids,
-                where,
-                max_results=PAGE,
-                order_by=["attributes.start_time ASC"],
-                page_token=token,
+        names = {each.experiment_id: each.name for each in experiments}
+        ids = [key for key, name in names.items() if experiment in (None, name)]
+        if not ids:
+            raise UserError(
+                f"--experiment: {uri} has no experiment {experiment!r}; it has "
+                f"{sorted(names.values())}"
             )
-            found += [_tracked(uri, run, names[run.info.experiment_id]) for run in page]
-            token = page.token
-            if not token:
-                return found
+        order = ["attributes.start_time ASC"]
+        found = _pages(
+            lambda token: client.search_runs(
+                ids, where, max_results=PAGE, order_by=order, page_token=token
+            )
+        )
+        return [_tracked(uri, run, names[run.info.experiment_id]) for run in found]
+
+
+def _pages(ask: "Callable[[str | None], PagedList[T]]") -> Iterator[T]:
+    """All that a search gives; `ask` takes the token of a page, None for the first."""
+    token = None
+    while True:
+        page = ask(token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def get_runs(uri: str, name: str) -> list[Tracked]:
@@ -78,14 +88,39 @@ def get_runs(uri: str, name: str) -> list[Tracked]:
     return found
 
 
+def read_runs(refs: Sequence[RunRef]) -> list[Tracked]:
+    """The runs that are referred to, in that order. Raises `UserError` when one is not there."""
+    asked: dict[str, list[str]] = {}
+    for ref in refs:
+        asked.setdefault(ref.uri, []).append(ref.run_id)
+    found: dict[RunRef, Tracked] = {}
+    for uri, ids in asked.items():
+        for start in range(0, len(ids), IDS):
+            listed = ", ".join(f"'{each}'" for each in ids[start : start + IDS])
+            runs = search_runs(uri, where=f"attributes.run_id IN ({listed})")
+            found |= {run.ref: run for run in runs}
+    for ref in refs:
+        if ref not in found:
+            raise UserError(
+                f"{ref.uri}: has no run {ref.run_id}, it may have been deleted; restore it there, "
+                "or leave it out"
+            )
+    return [found[ref] for ref in refs]
+
+
 def check_exists(uri: str) -> None:
     """Raise `UserError` unless there is a tracker at `uri`: asking for a file would make it."""
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise UserError(
-            f"{uri}: no tracker there; set MLFLOW_TRACKING_URI (sqlite:///FILE or "
-            "http://HOST:PORT), or give the folders of runs"
-        )
-    check_reachable(uri)
+    remedy = (
+        "set MLFLOW_TRACKING_URI (sqlite:///FILE or http://HOST:PORT), or give the folders of runs"
+    )
+    if uri.startswith("sqlite:///"):
+        if not Path(uri.removeprefix("sqlite:///")).is_file():
+            raise UserError(f"{uri}: no tracker there; {remedy}")
+    elif uri.startswith(("http://", "https://")):
+        if (why := silence(uri)) is not None:
+            raise UserError(f"{uri}: no MLflow server answers ({why}); start it, or {remedy}")
+    elif not uri.startswith(DATABASES):
+        raise UserError(f"{uri}: is no tracker; {remedy}")
 
 
 def _tracked(uri: str, run: object, experiment: str) -> Tracked:
@@ -119,14 +154,3 @@ def _inputs(run: "Run") -> Iterator[Input]:
                     digest=each.dataset.digest,
                     rows=int(json.loads(each.dataset.profile or "")["num_rows"]),
                 )
-
-
-@contextmanager
-def _refusals(uri: str) -> Iterator[None]:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        said = " ".join(str(error).split())[:500]
-        raise UserError(f"{uri}: MLflow refuses the search: {said}") from error

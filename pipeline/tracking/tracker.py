@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +32,16 @@ Role = Literal["training", "evaluation"]
 FLUSH_SECONDS = 2.0
 RETRY_SECONDS = 15.0
 MAX_BUFFERED = 100_000
+DATABASES = ("postgresql", "mysql", "mssql")
+REMEDIES = (  # by what MLflow, or what it stands on, says
+    ("error code 40[13]|permission", "give an account that may: MLFLOW_TRACKING_USERNAME and "
+     "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"),
+    ("is locked", "another process writes to it: try again, or have runs log to a server"),
+    ("no module named", "install that module, which the database needs"),
+    ("api request|connect", "see that it runs there; if it has moved, set MLFLOW_TRACKING_URI "
+     "and give runs by name or id"),
+    ("", "see that it is an MLflow tracker, and that what was asked is right"),
+)  # fmt: skip
 Point = tuple[int, int, dict[str, float]]  # step, time in ms, value by metric
 
 
@@ -71,22 +81,42 @@ def check_reachable(uri: str) -> None:
                 f"tracking.uri: cannot make the folder of {uri} ({error}); choose another"
             ) from error
         return
-    if uri.startswith(("postgresql", "mysql", "mssql")):
+    if uri.startswith(DATABASES):
         return  # MLflow's own first call says whether the database answers
     if not uri.startswith(("http://", "https://")):
         raise UserError(
             f"tracking.uri: {uri!r} is no tracker; give embedded, sqlite:///FILE or http://HOST:PORT"
         )
+    if (why := silence(uri)) is not None:
+        raise UserError(
+            f"tracking.uri: no MLflow server answers at {uri} ({why}); start it, mend the "
+            "address, or use tracking.uri=embedded"
+        )
+
+
+def silence(uri: str) -> str | None:
+    """Why no server answers at `uri`; None if one does."""
     try:
         with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5) as answer:
             answer.read()
     except urllib.error.HTTPError:
-        return  # it answers; what it thinks of us shows at the first real call
+        return None  # it answers; what it thinks of us shows at the first real call
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(
-            f"tracking.uri: no MLflow server answers at {uri} ({error}); start it, mend the "
-            "address, or use tracking.uri=embedded"
-        ) from error
+        return str(error)
+    return None
+
+
+@contextlib.contextmanager
+def refusals(uri: str, what: str) -> Iterator[None]:
+    """Raise `UserError` for whatever MLflow raises when asked to do `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        remedy = next(each for sign, each in REMEDIES if re.search(sign, said, re.IGNORECASE))
+        raise UserError(f"{uri}: MLflow cannot {what} ({said}); {remedy}") from error
 
 
 def open_run(
@@ -182,16 +212,26 @@ def log_metrics(ref: RunRef, step: int, metrics: Mapping[str, float]) -> None:
 def log_artifacts(ref: RunRef, folder: Path) -> None:
     """Upload every file under `folder`; a tracker that is gone is only warned of."""
     with _tolerant("log artifacts"):
+        upload(ref, folder)
+
+
+def upload(ref: RunRef, folder: Path) -> None:
+    """Upload every file under `folder`. Raises `UserError` when the tracker does not take them."""
+    with refusals(ref.uri, f"keep files of run {ref.run_id}"):
         connect(ref.uri).log_artifacts(ref.run_id, str(folder))
 
 
-def read_history(ref: RunRef, names: list[str]) -> dict[str, list[tuple[int, float]]]:
-    """Give (step, value) points of each metric, by step; a missing metric has none."""
-    client = connect(ref.uri)
-    return {
-        name: sorted((m.step, m.value) for m in client.get_metric_history(ref.run_id, name))
-        for name in names
-    }
+def read_history(ref: RunRef, names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """Give (step, value) points of each metric, by step; a missing metric has none.
+
+    Raises `UserError` when the tracker does not answer, or has no such run.
+    """
+    with refusals(ref.uri, f"give the metrics of run {ref.run_id}"):
+        client = connect(ref.uri)
+        return {
+            name: sorted((m.step, m.value) for m in client.get_metric_history(ref.run_id, name))
+            for name in names
+        }
 
 
 class MetricLog:
@@ -327,7 +367,7 @@ def connect(uri: str) -> "MlflowClient":
 
 
 @contextlib.contextmanager
-def _tolerant(what: str) -> Any:
+def _tolerant(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001  no tracker's failure may fail a finished training

@@ -4,7 +4,7 @@ state/            DeepSpeed's shards: weights, optimiser state
 part-R.json       rank R: rows used since the run began, counts, undelivered metrics
 momentum.pt       the slow copy of the towers, if there is one; the same on all ranks
 loss-R.pt         rank R: the running state of the objective's parts
-meta.json         progress, world size, ZeRO stage, config, plan, tokenizer, versions
+meta.json         progress, world size, ZeRO stage, config, architecture, plan, tokenizer, versions
 """
 
 import json
@@ -25,6 +25,7 @@ from pipeline.errors import RunStop
 from pipeline.losses.base import Stateful
 from pipeline.tracking.tracker import Point
 from pipeline.train.loop import Progress
+from pipeline.train.module import architecture
 from pipeline.train.store import META
 
 MOMENTUM = "momentum.pt"
@@ -81,6 +82,7 @@ def save_checkpoint(
             "zero_stage": engine.zero_stage,
             "layout": engine.layout,
             "config": config.model_dump(mode="json"),
+            "architecture": architecture(engine.module),
             "plan": plan.to_json(),
             "tokenizer": asdict(tokenizer),
             "versions": versions,

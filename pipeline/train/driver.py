@@ -18,7 +18,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ from pipeline.train.board import Board, Event, pass_warnings_on
 from pipeline.train.figures import draw_pairs, draw_run
 from pipeline.train.lease import Lease, leased
 from pipeline.train.loop import Wish
-from pipeline.train.measure import Evaluation, Measured, keep
+from pipeline.train.measure import Evaluation, Measured
 from pipeline.train.preflight import Prepared, lacking_resources, prepare
 from pipeline.train.store import RunFolder, RunRecord, changed_keys, find_run
 from pipeline.train.witness import Failures, Introduction, PlannedResize, Trainer
@@ -87,13 +88,12 @@ def train(
     listen: Listener,
     log_path: Path,
     *,
-    tags: Mapping[str, str] | None = None,
     stop: threading.Event | None = None,
 ) -> Outcome:
     """Run `config` to its end: a new run, or the unfinished one of that name.
 
     Events (dicts with a `kind`) go to `listen`; what Ray and DeepSpeed print goes to `log_path`.
-    `tags` are more of those of a new MLflow run; `stop` is set to have it end like at SIGTERM.
+    `stop` is set to have it end like at SIGTERM.
     Raises `UserError` before the first step for what the user can mend, `RunFailed` later.
     """
     started = time.monotonic()
@@ -118,7 +118,7 @@ def train(
         _check_cluster(config)
         start_ray_data_here()
         say("Opening the MLflow run")
-        record = _reopen(config, record) if record else _new_record(prepared, folder, name, tags)
+        record = _reopen(config, record) if record else _new_record(prepared, folder, name)
         folder.write_record(record)
         run = tracker.RunRef(uri=record.mlflow_uri, run_id=record.mlflow_run_id)
         say(f"Starting {prepared.plan.workers} worker(s)")
@@ -160,22 +160,23 @@ def train(
     )
 
 
-def evaluate(asked: Sequence[Evaluation], listen: Listener, log_path: Path) -> list[Measured]:
-    """Evaluate checkpoints of runs, one after the other; one that fails is told as such."""
-    with quiet(log_path), _ray(asked[0].config, listen), pass_warnings_on(listen):
-        return [_evaluate(each, listen) for each in asked]
+def evaluate(
+    asked: Sequence[Evaluation],
+    listen: Listener,
+    log_path: Path,
+    take: Callable[[Measured], None],
+) -> None:
+    """Evaluate checkpoints of runs, one after the other, and have each taken as it comes.
 
-
-def keep_results(measured: Sequence[Measured], listen: Listener, log_path: Path) -> list[str]:
-    """Keep what was measured, see `measure.keep`; the console stays free here too."""
-    listen({"kind": "phase", "text": "Keeping the results"})
-    with quiet(log_path), pass_warnings_on(listen):
-        return keep(measured)
+    One that fails is told as such, and does not keep the others from being measured.
+    """
+    with session(asked[0].config, listen, log_path):
+        for each in asked:
+            take(_evaluate(each, listen))
 
 
 def _evaluate(asked: Evaluation, listen: Listener) -> Measured:
     folder, config = asked.folder, asked.config
-    _check_cluster(config)
     listen({"kind": "phase", "text": f"Evaluating {folder.url}/{asked.checkpoint}"})
     storage, run_name = folder.url.rsplit("/", 1)
     board = Board()
@@ -192,11 +193,15 @@ def _evaluate(asked: Evaluation, listen: Listener) -> Measured:
     name = f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
     failure = None
     try:
+        _check_cluster(config)
         _fit(partial(evaluate_worker, job), config, folder.url, name, watch, None)
         if not watch.metrics:
             failure = "nothing was heard of what the workers found; try again"
     except (RunFailed, UserError) as error:
         failure = str(error)
+    except Exception as error:  # noqa: BLE001  one run's failure is not the others'
+        traceback.print_exc()
+        failure = f"{type(error).__name__}: {error}"
     finally:
         # Ray Train keeps its own notes there; an evaluation leaves nothing to resume.
         folder.remove(name)
@@ -217,16 +222,14 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return flatten(parse_config(values, "the run's record"))
 
 
-def _new_record(
-    prepared: Prepared, folder: RunFolder, name: str, tags: Mapping[str, str] | None = None
-) -> RunRecord:
+def _new_record(prepared: Prepared, folder: RunFolder, name: str) -> RunRecord:
     config = prepared.config
     run = tracker.open_run(
         tracker.tracking_uri(config.tracking.uri, config.cluster.storage),
         config.tracking.experiment,
         name,
         params=flatten(config),
-        tags={**_tags(prepared, folder), **(tags or {})},
+        tags=_tags(prepared, folder),
         run_id=None,
     )
     tracker.log_inputs(run, list(_inputs(prepared)))

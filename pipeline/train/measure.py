@@ -9,9 +9,12 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from pipeline.config.load import override_values, parse_config
 from pipeline.config.schema import Config, LinearProbeTask
@@ -76,27 +79,32 @@ def _name(folder: RunFolder) -> str:
     return folder.path.rsplit("/", 1)[-1]
 
 
-def ask(folder: RunFolder, config: Config, checkpoint: str | None = None) -> Evaluation:
-    """Ask for what `config` names, of the newest checkpoint or the named one.
+def samples_at(folder: RunFolder, checkpoint: str) -> int:
+    """How many samples a checkpoint that is there has seen."""
+    meta = folder.read_text(f"{checkpoint}/{META}")
+    assert meta is not None, "the checkpoint was read"
+    return json.loads(meta)["progress"]["samples"]
+
+
+def ask(
+    folder: RunFolder, record: RunRecord, config: Config, checkpoint: str | None = None
+) -> Evaluation:
+    """Ask for what `config` names, of the run's newest checkpoint or the named one.
 
     Raises `UserError` when there is none, or the rows or resources are lacking.
     """
-    record = folder.read_record()
-    names = folder.checkpoints()
-    if record is None or not names:
-        raise UserError(
-            f"{folder.url}: no run with a checkpoint there; give the folder of a run, such as "
-            "runs/demo"
-        )
-    chosen = checkpoint or names[-1]
-    if chosen not in names:
-        raise UserError(f"{folder.url}: no checkpoint {chosen!r}; it has {names}")
+    chosen = folder.checkpoint(checkpoint)
     suite = prepare_evaluation(config, record)
     return Evaluation(folder=folder, record=record, config=config, checkpoint=chosen, suite=suite)
 
 
 def ask_all(
-    folder: RunFolder, config: Config, checkpoint: str | None, overrides: Sequence[str], say: Say
+    folder: RunFolder,
+    record: RunRecord,
+    config: Config,
+    checkpoint: str | None,
+    overrides: Sequence[str],
+    say: Say,
 ) -> list[Evaluation]:
     """Ask for all that the run can be measured by: the run itself first, then those tuned from it.
 
@@ -104,12 +112,12 @@ def ask_all(
     those of cluster and tracking hold for the other runs too. Raises `UserError` as `ask`, for the
     run itself.
     """
-    asked = [ask(folder, _with_probes(config, say), checkpoint)]
+    asked = [ask(folder, record, _with_probes(config, say), checkpoint)]
     where = [override for override in overrides if override.startswith(WHERE)]
-    for tuned, record in _tuned_from(folder, say):
+    for tuned, its in _tuned_from(folder, say):
         try:
-            values = override_values(record.config, where)
-            asked.append(ask(tuned, parse_config(values, tuned.url)))
+            values = override_values(its.config, where)
+            asked.append(ask(tuned, its, parse_config(values, tuned.url)))
         except UserError as error:
             say(f"run {_name(tuned)} is left out: {error}")
     return asked
@@ -176,45 +184,44 @@ def _tuned_from(start: RunFolder, say: Say) -> Iterator[tuple[RunFolder, RunReco
         waiting += begun.pop(folder.url, [])
 
 
-def keep(measured: Sequence[Measured]) -> list[str]:
-    """Keep what was measured, the first run's and those tuned from it; give the files' URLs.
+def keep(measured: Measured, first: Evaluation) -> None:
+    """Keep what was measured of one run, unless it failed.
 
-    Each run's MLflow run gets `suite/...` metrics at the samples its checkpoint has seen, and
-    figures. All results, a file each, go to the first run's folder and its MLflow run. A tracker
-    that does not answer is only warned of.
+    Its results, a file each, go to the folder of the `first` run, where those of the same name are
+    replaced and others stay, and to that one's MLflow run. Its own MLflow run gets `suite/...`
+    metrics at the samples its checkpoint has seen, and figures. A tracker that does not answer is
+    only warned of. Raises `UserError` when the folder cannot be written.
     """
-    for each in measured:
-        if each.failure is None:
-            _keep_one(each)
-    first = measured[0].asked
-    records = [record for each in measured for record in each.records]
-    if not records:
-        return []
-    files = {_file_name(record): json.dumps(record, indent=1) + "\n" for record in records}
-    first.folder.remove(SUITE)
-    first.folder.filesystem.create_dir(f"{first.folder.path}/{SUITE}")
-    for name, text in files.items():
-        first.folder.write_text(f"{SUITE}/{name}", text)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / SUITE
-        folder.mkdir()
+    if measured.failure is not None:
+        return
+    files = {_file_name(each): json.dumps(each, indent=1) + "\n" for each in measured.records}
+    try:
+        first.folder.filesystem.create_dir(f"{first.folder.path}/{SUITE}")
+        for name, text in files.items():
+            first.folder.write_text(f"{SUITE}/{name}", text)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(
+            f"{first.folder.url}/{SUITE}: cannot be written ({error}); mend its permissions, or "
+            "make room"
+        ) from error
+    asked = measured.asked
+    points = {f"{SUITE}/{name}": value for name, value in measured.metrics.items()}
+    tracker.log_metrics(asked.mlflow, samples_at(asked.folder, asked.checkpoint), points)
+    with _suite_for(asked.mlflow) as folder:
+        draw_sample(measured.sample, folder)
+    with _suite_for(first.mlflow) as folder:
         for name, text in files.items():
             (folder / name).write_text(text)
-        tracker.log_artifacts(first.mlflow, Path(temporary))
-    return [f"{first.folder.url}/{SUITE}/{name}" for name in files]
 
 
-def _keep_one(measured: Measured) -> None:
-    asked = measured.asked
-    meta = asked.folder.read_text(f"{asked.checkpoint}/{META}")
-    assert meta is not None, "its checkpoint was read"
-    points = {f"{SUITE}/{name}": value for name, value in measured.metrics.items()}
-    tracker.log_metrics(asked.mlflow, json.loads(meta)["progress"]["samples"], points)
+@contextmanager
+def _suite_for(run: tracker.RunRef) -> Iterator[Path]:
+    """A folder whose files become artifacts of the MLflow run, under `suite/`."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / SUITE
         folder.mkdir()
-        draw_sample(measured.sample, folder)
-        tracker.log_artifacts(asked.mlflow, Path(temporary))
+        yield folder
+        tracker.log_artifacts(run, Path(temporary))
 
 
 def _file_name(record: dict[str, Any]) -> str:

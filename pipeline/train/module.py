@@ -1,5 +1,6 @@
 """What one engine runs: all that is trained, in one module with one forward."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -192,11 +193,22 @@ def _split(both: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, T
     return first, view
 
 
-def build_pretraining(config: Config, tokenizer: Tokenizer) -> Pretraining | FusionPretraining:
+def architecture(module: nn.Module) -> dict[str, Any]:
+    """What a config does not say where a pretrained model decides it: `like` of the builders."""
+    towers: Any = module.towers
+    if isinstance(towers, TwoTower):
+        return towers.clip_config.to_dict()
+    parts = {"vision_config": towers.vision_model, "text_config": towers.text_model}
+    return {name: part.config.to_dict() for name, part in parts.items()}
+
+
+def build_pretraining(
+    config: Config, tokenizer: Tokenizer, like: Mapping[str, Any] | None = None
+) -> Pretraining | FusionPretraining:
     """Build the module of a run, with weights drawn from `train.seed`.
 
-    Raises `UserError` when pretrained weights cannot be had, or the tokenizer lacks what the model
-    needs.
+    `like`: the `architecture` of another, which then is this one's. Raises `UserError` when
+    pretrained weights cannot be had, or the tokenizer lacks what the model needs.
     """
     torch.manual_seed(config.train.seed)
     if config.model.kind == "fusion":
@@ -205,7 +217,7 @@ def build_pretraining(config: Config, tokenizer: Tokenizer) -> Pretraining | Fus
                 f"data.tokenizer: {config.data.tokenizer!r} has no mask token, which a fusion "
                 "model's masked words need; use one made for BERT, or `train`"
             )
-        return FusionPretraining(build_fusion_model(config, tokenizer))
+        return FusionPretraining(build_fusion_model(config, tokenizer, like))
     towers = build_two_tower(
         config.model,
         vocab_size=tokenizer.vocab_size,
@@ -215,6 +227,7 @@ def build_pretraining(config: Config, tokenizer: Tokenizer) -> Pretraining | Fus
         mean=config.data.image_mean,
         std=config.data.image_std,
         independent=bool(config.structure.separation.weight),
+        like=like,
     )
     return Pretraining(
         towers,
@@ -223,10 +236,13 @@ def build_pretraining(config: Config, tokenizer: Tokenizer) -> Pretraining | Fus
     )
 
 
-def build_fusion_model(config: Config, tokenizer: Tokenizer) -> Fusion:
+def build_fusion_model(
+    config: Config, tokenizer: Tokenizer, like: Mapping[str, Any] | None = None
+) -> Fusion:
     """The fusion model of a run, pretraining or not, its weights not yet those of `model.init`.
 
-    Raises `UserError`, as `build_fusion` does, and for a tokenizer without a padding of its own.
+    `like` as of `build_pretraining`. Raises `UserError`, as `build_fusion` does, and for a
+    tokenizer without a padding of its own.
     """
     if tokenizer.pad in (tokenizer.start, tokenizer.end):
         raise UserError(
@@ -240,6 +256,7 @@ def build_fusion_model(config: Config, tokenizer: Tokenizer) -> Fusion:
         mean=config.data.image_mean,
         std=config.data.image_std,
         independent=bool(config.structure.separation.weight),
+        like=like,
     )
 
 

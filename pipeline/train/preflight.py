@@ -108,7 +108,7 @@ def prepare(config: Config, record: RunRecord | None = None) -> Prepared:
         problems.attempt("data.synonyms", lambda: read_synonyms(data.synonyms))
     if config.model.init is not None and record is None:
         tokenizer = problems.attempt("model.init", lambda: check_start(config))
-    elif catalog is not None and tokenizer is None:
+    if catalog is not None and tokenizer is None:
         tokenizer = problems.attempt("data.tokenizer", lambda: _make_tokenizer(config, catalog))
     facts = began = None
     sizes: dict[int, tuple[Config, Plan]] = {}
@@ -285,7 +285,8 @@ def _read_asked(config: Config, catalog: Catalog) -> Asked:
         counts = Counter({name: len(names) - place for place, name in enumerate(names)})
         most = len(names)
     else:
-        counts, most = count_answers(catalog), task.max_answers
+        counts = count_answers(catalog)
+        most = task.max_answers if is_open else len(counts)
     answers = AnswerList.of(counts, most, is_open=is_open)
     if len(answers.names) < 2:
         raise UserError(
@@ -301,10 +302,10 @@ def _read_asked(config: Config, catalog: Catalog) -> Asked:
             f"({listed}); list those that count in a file, task.answers=FILE: rows with another "
             "are dropped then, and counted"
         )
-    if not is_open and task.answers is None and len(answers.names) == task.max_answers:
+    if not is_open and task.answers is None and len(answers.names) > task.max_answers:
         raise UserError(
-            f"task.answer_column: {catalog.root} has {len(counts):,} different labels, more than "
-            f"task.max_answers {task.max_answers}; name the column of labels, or raise it"
+            f"task.answer_column: {catalog.root} has {len(answers.names):,} different labels, more "
+            f"than task.max_answers {task.max_answers}; name the column of labels, or raise it"
         )
     return Asked(answers=answers, pictures=pictures.pop())
 

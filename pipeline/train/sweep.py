@@ -10,9 +10,7 @@ STORAGE/NAME-.../         its runs, as any others
 import getpass
 import json
 import re
-import signal
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,9 @@ from pipeline.config.space import Axis, make_variants
 from pipeline.errors import Problem, UserError, raise_problems
 from pipeline.tracking import tracker
 from pipeline.train import driver
-from pipeline.train.lease import leased, wait_for_the_dead
+from pipeline.train.lease import Lease, leased, wait_for_the_dead
 from pipeline.train.preflight import prepare
-from pipeline.train.store import RunFolder, RunRecord, changed_keys
+from pipeline.train.store import RunFolder, changed_keys
 from pipeline.train.sweep_record import SweepRecord, read_sweep, write_sweep
 from pipeline.train.trials import Race, Trial, run_trials
 
@@ -90,17 +88,23 @@ def plan_sweep(
 def run_sweep(sweep: Sweep, listen: driver.Listener, log_path: Path) -> Ended:
     """Run what is unfinished of the sweep. Raises `KeyboardInterrupt` when it was interrupted.
 
-    `close_sweep` ends its MLflow run.
+    `UserError` when another driver has taken it over. `close_sweep` ends its MLflow run.
     """
-    with leased(sweep.folder, driver.saying(listen), "start another sweep with name=..."):
+    say = driver.saying(listen)
+    with leased(sweep.folder, say, "start another sweep with name=...") as lease:
         with driver.session(sweep.config, listen, log_path):
             state = _open(sweep)
             try:
-                failures = _run(sweep, state, listen, log_path.parent)
+                failures = _run(sweep, state, lease, say, log_path.parent)
             except BaseException:
-                tracker.close_run(state.run, "KILLED")
+                if not lease.is_lost:
+                    tracker.close_run(state.run, "KILLED")
                 raise
-        runs = [run for trial in sweep.trials if (run := _run_of(trial)) is not None]
+        runs = [
+            tracker.RunRef(uri=state.mlflow_uri, run_id=record.mlflow_run_id)
+            for trial in sweep.trials
+            if (record := trial.folder.read_record()) is not None
+        ]
         for run in runs:  # one may have been begun on its own, or under another parent
             tracker.set_tags(run, {"mlflow.parentRunId": state.mlflow_run_id})
         return Ended(run=state.run, runs=tuple(runs), failures=failures)
@@ -112,9 +116,8 @@ def close_sweep(ended: Ended) -> None:
 
 
 def _run(
-    sweep: Sweep, state: SweepRecord, listen: driver.Listener, log_folder: Path
+    sweep: Sweep, state: SweepRecord, lease: Lease, say: Callable[[str], None], log_folder: Path
 ) -> dict[str, str]:
-    say = driver.saying(listen)
     stopped = set(state.stopped) if sweep.race is not None else set()
     left = [each for each in sweep.trials if not each.is_finished and each.name not in stopped]
     say(f"{len(left)} of {len(sweep.trials)} runs are to be done")
@@ -129,24 +132,22 @@ def _run(
 
     # A race is also with those that are finished.
     asked = left if sweep.race is None else sweep.trials
-    # In place of an end that leaves all of Tune's processes behind.
-    before: Any = None
-    if is_main := threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        failures = run_trials(
-            asked,
-            race=sweep.race,
-            stopped=frozenset(stopped),
-            parent=state.mlflow_run_id,
-            folder=sweep.folder,
-            log_folder=log_folder,
-            say=say,
-            stop=stop,
+    failures = run_trials(
+        asked,
+        race=sweep.race,
+        stopped=frozenset(stopped),
+        parent=state.mlflow_run_id,
+        folder=sweep.folder,
+        log_folder=log_folder,
+        say=say,
+        stop=stop,
+        is_lost=lambda: lease.is_lost,
+    )
+    if lease.is_lost:
+        raise UserError(
+            f"{sweep.folder.url}: another driver has taken this sweep over; leave it to that one, "
+            "or stop it and give the same command again"
         )
-    finally:
-        if is_main:
-            signal.signal(signal.SIGTERM, before)
     lost = [each.name for each in left if each.name not in stopped | failures.keys()
             and not _is_finished(each.folder)]  # fmt: skip
     if lost:
@@ -252,10 +253,3 @@ def _open(sweep: Sweep) -> SweepRecord:
 def _is_finished(folder: RunFolder) -> bool:
     record = folder.read_record()
     return record is not None and record.is_finished
-
-
-def _run_of(trial: Trial) -> tracker.RunRef | None:
-    record: RunRecord | None = trial.folder.read_record()
-    if record is None:
-        return None
-    return tracker.RunRef(uri=record.mlflow_uri, run_id=record.mlflow_run_id)

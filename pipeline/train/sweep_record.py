@@ -29,11 +29,9 @@ class SweepRecord:
 
 def read_sweep(folder: RunFolder) -> SweepRecord | None:
     """The record of the sweep in a folder; None where there is none. Raises `UserError`."""
-    text = folder.read_text(RECORD)
-    if text is None:
-        return None
     try:
-        return SweepRecord(**json.loads(text))
+        text = folder.read_text(RECORD)
+        return None if text is None else SweepRecord(**json.loads(text))
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{folder.url}/{RECORD}: not a sweep's record ({error}); remove it, or use another name"

@@ -3,7 +3,8 @@
 Enters: a config with a task, batches of texts and answers. Leaves: what `train_step` needs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,14 +35,27 @@ TaskModule = Classifier | Assigner | Answerer
 Module = Pretraining | FusionPretraining | TaskModule
 
 
-def build_module(config: Config, tokenizer: Tokenizer, asked: Asked | None) -> Module:
-    """Build what a run's engine trains, by its seed. Raises `UserError`, as its parts do."""
+def build_module(
+    config: Config,
+    tokenizer: Tokenizer,
+    asked: Asked | None,
+    like: Mapping[str, Any] | None = None,
+) -> Module:
+    """Build what a run's engine trains, by its seed. Raises `UserError`, as its parts do.
+
+    `like` as of `build_pretraining`.
+    """
     if config.task is None:
-        return build_pretraining(config, tokenizer)
-    return build_task(config, tokenizer, asked)
+        return build_pretraining(config, tokenizer, like)
+    return build_task(config, tokenizer, asked, like)
 
 
-def build_task(config: Config, tokenizer: Tokenizer, asked: Asked | None) -> TaskModule:
+def build_task(
+    config: Config,
+    tokenizer: Tokenizer,
+    asked: Asked | None,
+    like: Mapping[str, Any] | None = None,
+) -> TaskModule:
     """Build the module of a run with a task, with weights drawn from `train.seed`.
 
     `asked`: its closed list of answers; None for assignment, which makes its own. Raises
@@ -50,7 +64,7 @@ def build_task(config: Config, tokenizer: Tokenizer, asked: Asked | None) -> Tas
     task = config.task
     assert task is not None, "without a task it is pretraining"
     torch.manual_seed(config.train.seed)
-    model = build_fusion_model(config, tokenizer)
+    model = build_fusion_model(config, tokenizer, like)
     if asked is None:
         return Assigner(model)
     if task.kind != "vqa":

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from pipeline.train.board import Board, pass_warnings_on
 from pipeline.train.checkpoint import State, load_checkpoint, read_meta, save_checkpoint
 from pipeline.train.loop import Actions, Cadence, Left, Progress, Wish, run_loop
 from pipeline.train.objective import Objective, build_momentum, build_objective
+from pipeline.train.outside import load_on_all
 from pipeline.train.publish import Sender, agreed, fetch_derived, forget_after, keep
 from pipeline.train.pulse import Pulse
 from pipeline.train.start import load_outside, load_start, starting_run
@@ -299,7 +301,9 @@ class _Trainer:
     def _start(self, module: Module) -> None:
         """Begin with the weights of another run, or of a model from elsewhere."""
         init = self.config.model.init
-        if init is not None and load_outside(module, init):
+        assert init is not None, "it is asked for where there is one"
+        place = f"rank {self.rank} on {ray.util.get_node_ip_address()}"
+        if load_on_all(partial(load_outside, module, init), init, gather, place):
             return
         run = starting_run(self.config)
         with _agreed(run, run.checkpoints()) as found:

@@ -7,8 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.export.forms import export_run
 from pipeline.models.fusion import fit_places
 from tests.integration.run_cli import run, write_run
+from tests.tiny import tiny_config, tiny_module
+from tests.tiny_run import publish_module
 
 pytestmark = pytest.mark.integration
 PLACES = "vision_model.embeddings.position_embedding.weight"
@@ -38,3 +41,23 @@ def test_train_export_and_start_from_it(tmp_path: Path) -> None:
         expected = fit_places(value[None], 17)[0] if name == PLACES else value
         torch.testing.assert_close(second[name], expected, rtol=0, atol=1e-6)
     assert (given / "tokenizer.json").read_text() == (again / "tokenizer.json").read_text()
+
+
+def test_a_run_from_pretrained_weights_is_exported_without_them(tmp_path: Path) -> None:
+    first = tiny_config(model={"activation": "gelu"})
+    given, out = tmp_path / "given", tmp_path / "out"
+    export_run(*publish_module(tmp_path / "first", first, tiny_module(first)), given,
+               form="transformers", dtype="fp32")  # fmt: skip
+    config = write_run(tmp_path)
+    run(
+        "train", str(config), "train.epochs=1", f"model.pretrained={given}", "optim.lr=1e-12",
+        f"data.tokenizer={given}", "model.image.size=16", "model.text.context_length=8",
+        "cluster.workers=1",
+    )  # fmt: skip
+    given.rename(tmp_path / "gone")
+    run("export", f"{tmp_path}/runs/tiny", str(out))
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "gone", out))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
+    assert json.loads((out / "config.json").read_text())["text_config"]["hidden_act"] == "gelu"

@@ -1,4 +1,4 @@
-"""`gammaray sweep` on a real Ray Tune: twelve runs, a driver that is killed, one table."""
+"""`gammaray sweep` on a real Ray Tune: twelve runs, a driver that is killed, Ctrl-C, one table."""
 
 import json
 import os
@@ -10,7 +10,15 @@ import pytest
 
 from pipeline.train.lease import wait_for_the_dead
 from pipeline.train.store import list_runs
-from tests.integration.run_cli import finish, run, start, wait_for, write_run
+from tests.integration.run_cli import (
+    finish,
+    mlflow_runs,
+    points,
+    run,
+    start,
+    wait_for,
+    write_run,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -102,3 +110,43 @@ def test_asha_stops_some_and_lets_the_best_go_on(tmp_path: Path) -> None:
     assert "is stopped early, at" in output
     assert "4 run(s) of 4 config(s)" in output
     assert "0 of 4 runs are to be done" in finish(start(*command))
+
+
+@pytest.mark.timeout(1200)
+def test_an_interruption_saves_what_runs_and_a_second_one_does_not_wait(tmp_path: Path) -> None:
+    config = write_run(
+        tmp_path,
+        rows=64,
+        train={"epochs": 1000, "checkpoint_every": 100_000},
+        evaluate={"max_rows": 20, "zero_shot": []},
+        # So many that there is room for one run.
+        cluster={"workers": 1, "ingest_cpus": max(1, (os.cpu_count() or 1) - 1)},
+    )
+    runs = tmp_path / "runs"
+    command = ["sweep", str(config), "--over", "train.seed=0,1,2"]
+
+    def samples() -> list[int]:
+        return [at for at, _ in points(runs, "train/loss")]
+
+    driver = start(*command)
+    wait_for(lambda: len(samples()) > 3, 300, driver)
+    driver.send_signal(signal.SIGINT)
+    output, _ = driver.communicate(timeout=240)
+    assert driver.returncode == 130, output
+    assert "Saving before the end; once more to stop without" in output
+    assert "tiny-seed_0 goes on another time" in output
+    assert "tiny-seed_1" not in output, "no more begin"
+    assert mlflow_runs(runs) == ["KILLED", "KILLED"], "the run and its parent"
+    (saved,) = (runs / "tiny-seed_0").glob("step-*/manifest.json")
+    assert len(samples()) == int(saved.parent.name.removeprefix("step-"))
+
+    before = samples()
+    driver = start(*command)
+    wait_for(lambda: len(samples()) > len(before) + 3, 300, driver)
+    driver.send_signal(signal.SIGTERM)
+    driver.send_signal(signal.SIGINT)
+    output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 130, output
+    assert "goes on another time" not in output
+    assert list((runs / "tiny-seed_0").glob("step-*/manifest.json")) == [saved]
+    assert len(samples()) == len(set(samples())), "it went on where it had saved"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pipeline.tracking.registry import register
 from pipeline.tracking.tracker import close_run, log_artifacts, log_metrics, open_run
 from tests.integration.mlflow_server import Server
 from tests.integration.run_cli import (
@@ -64,6 +65,24 @@ def test_a_report_is_made_of_what_a_server_has(server: Server, tmp_path: Path) -
     text = out.read_text()
     for part in ("Length: 2 steps.", 'alt="Pairs of the training data"', ">failed<", "<svg"):
         assert part in text, part
+
+
+def test_a_model_is_registered_through_a_server(server: Server, tmp_path: Path) -> None:
+    import mlflow
+
+    ref = open_run(server.uri, "tests", "served", params={}, tags={}, run_id=None)
+    log_metrics(ref, 10, {"eval/vqa/accuracy": 0.5})
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(bytes(2**20))
+    made = register(ref, tmp_path / "model", "scenes", samples=10, tags={"gammaray.step": "5"})
+    client = mlflow.MlflowClient(server.uri)
+    version = client.get_model_version("scenes", made.version)
+    assert (version.run_id, version.tags["gammaray.step"]) == (ref.run_id, "5")
+    (metric,) = client.get_logged_model(made.model_id).metrics or []
+    assert (metric.key, metric.step, metric.value) == ("eval/vqa/accuracy", 10, 0.5)
+    mlflow.set_tracking_uri(server.uri)
+    there = mlflow.artifacts.download_artifacts("models:/scenes/1", dst_path=str(tmp_path / "got"))
+    assert (Path(there) / "model.safetensors").stat().st_size == 2**20
 
 
 def test_a_run_follows_its_server_to_another_address(server: Server, tmp_path: Path) -> None:

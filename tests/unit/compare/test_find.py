@@ -1,13 +1,28 @@
 """Runs of a real sqlite tracker: found by folder, name, id, experiment and filter."""
 
+import sqlite3
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from pipeline.compare import find
+from pipeline.compare.curves import CLOCK
 from pipeline.compare.find import COMPARED, SWEEP, find_runs, read_courses
 from pipeline.errors import UserError
 from pipeline.tracking import search
-from pipeline.tracking.tracker import MetricLog, RunRef, close_run, open_run, tracking_uri
+from pipeline.tracking.artifacts import read_points
+from pipeline.tracking.search import Tracked
+from pipeline.tracking.tracker import (
+    MetricLog,
+    RunRef,
+    close_run,
+    open_run,
+    read_history,
+    tracking_uri,
+)
 from tests.unit.compare.runs import RECALL
 
 
@@ -77,12 +92,115 @@ def test_many_runs_come_page_by_page(uri: str, monkeypatch: pytest.MonkeyPatch) 
         ({"experiment": "z"}, r"--experiment: .* has no experiment 'z'; it has \['Default', 'x'"),
         ({"experiment": "Default"}, "--experiment: 'Default' of .* has no runs; name another"),
         ({"where": "params.a = 'b'"}, r"--where: no run of .* passes \"params.a = 'b'\"; the"),
-        ({"where": "loss is small"}, "MLflow refuses the search: "),
+        ({"where": "loss is small"}, r"MLflow cannot search for runs \(Invalid .*; see that it is"),
     ],
 )
 def test_what_finds_nothing_says_so(uri: str, asked: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         find_runs(uri, **asked)
+
+
+def test_runs_of_folders_are_asked_for_together(
+    refs: list[RunRef], uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def search_runs(uri: str, experiment: str | None = None, where: str = "") -> list[Tracked]:
+        asked.append(where)
+        return real(uri, experiment, where)
+
+    real = search.search_runs
+    monkeypatch.setattr(search, "search_runs", search_runs)
+    folders = [refs[2], refs[0], refs[1]]
+    assert [run.ref for run in find_runs(uri, folders=folders)] == folders
+    assert len(asked) == 1
+    monkeypatch.setattr(search, "IDS", 2)
+    assert [run.ref for run in find_runs(uri, folders=folders)] == folders
+    assert len(asked) == 3
+    gone = RunRef(uri=uri, run_id="0" * 32)
+    with pytest.raises(UserError, match=f"{uri}: has no run {gone.run_id}, it may have been del"):
+        find_runs(uri, folders=[refs[0], gone])
+
+
+def test_a_metric_that_a_run_lacks_is_not_asked_for(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def read_history(ref: RunRef, names: list[str]) -> dict[str, list[tuple[int, float]]]:
+        asked.extend(names)
+        return {name: [(8, 1.0)] for name in names}
+
+    monkeypatch.setattr(find, "read_history", read_history)
+    run, other = find_runs(uri, experiment="x")
+    courses = read_courses([run, other], [RECALL])
+    assert asked == [RECALL, *CLOCK]
+    assert courses[run.ref.run_id].points["train/loss"] == []
+    assert set(courses[other.ref.run_id].points) == {RECALL, "train/loss", *CLOCK}
+
+
+@pytest.fixture
+def strict_server() -> Iterator[str]:
+    """A server that wants to know who asks."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(401)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_tracker_that_wants_an_account_says_how_to_give_one(strict_server: str) -> None:
+    ref = RunRef(uri=strict_server, run_id="0" * 32)
+    for ask in (
+        lambda: find_runs(strict_server, experiment="x"),
+        lambda: find_runs("", folders=[ref]),
+        lambda: read_history(ref, ["a"]),
+        lambda: read_points(ref, ["a"]),
+    ):
+        message = f"^{strict_server}: MLflow cannot .*401.*; give an account .*MLFLOW_TRACKING_USER"
+        with pytest.raises(UserError, match=message):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        (
+            "http://127.0.0.1:9",
+            r": no MLflow server answers \(.*refused.*; start it, or set ",
+        ),
+        ("mlruns", ": is no tracker; set MLFLOW_TRACKING_URI"),
+        ("postgresql://127.0.0.1:9/x", r": MLflow cannot search for runs \(.*\); "),
+        ("sqlite:///FOLDER/text.db", r": MLflow cannot search .*not a database.*; see that it is"),
+        ("sqlite:///FOLDER/locked.db", r": MLflow cannot search .* is locked.*; another process"),
+    ],
+)
+def test_a_tracker_that_cannot_be_asked_is_named_with_the_cause(
+    tmp_path: Path, uri: str, message: str
+) -> None:
+    (tmp_path / "text.db").write_text("no database " * 20)
+    lock = sqlite3.connect(tmp_path / "locked.db", isolation_level=None)
+    lock.execute("create table t (x)")
+    lock.execute("begin exclusive")
+    uri = uri.replace("FOLDER", str(tmp_path))
+    with pytest.raises(UserError, match=f"^{uri}{message}"):
+        find_runs(uri, experiment="x")
+    lock.close()
+    assert not Path("mlruns").exists()
 
 
 def test_a_tracker_that_is_not_there_is_not_made(tmp_path: Path) -> None:

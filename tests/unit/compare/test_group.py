@@ -58,3 +58,12 @@ def test_names_of_groups_stay_short() -> None:
     assert groups[3].what == f"data.train=...{'x' * 23}/3, a.a=3, b.b=3 and 2 more"
     assert [groups[n].label for n in (0, 25, 26, 27)] == ["A", "Z", "AA", "AB"]
     assert group_runs(runs[:1])[0].what == "one config"
+
+
+def test_names_tell_groups_apart_by_what_differs_between_all_of_them() -> None:
+    runs = [
+        tracked(str(n), loss__a=n > 0, loss__b=n > 0, loss__c=n > 0, optim__lr=n) for n in range(3)
+    ]
+    whats = [group.what for group in group_runs(runs)]
+    assert whats[1] == "loss.a=True, loss.b=True, optim.lr=1 and 1 more"
+    assert len(set(whats)) == 3

@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 
 from pipeline.compare.curves import Course
-from pipeline.compare.figures import draw_curves, draw_pareto
+from pipeline.compare.figures import _shown, draw_curves, draw_pareto
 from pipeline.compare.group import group_runs
 from pipeline.compare.measure import Comparison, Spread, compare
-from pipeline.compare.write import say, say_time, write_files
+from pipeline.compare.write import config_table, say, say_time, write_files
 from tests.unit.compare.runs import RECALL, course, tracked
 
 
@@ -40,6 +40,7 @@ def test_cells_say_mean_spread_and_how_many_if_not_all() -> None:
     assert say(RECALL, Spread(0.5, None, 1), 3) == "50.0 (1)"
     assert say("train/loss", Spread(1.5, 0.25, 2), 2) == "1.5000 ± 0.2500"
     assert say("train/loss", None, 2) == "-"
+    assert say("eval/rows", Spread(1048576.0, 0.0, 2), 2) == "1,048,576 ± 0"
     assert say_time(Spread(7200.0, 60.0, 2)) == "120.0 ± 1.0 minutes"
     assert say_time(Spread(36000.0, None, 1), "worker-") == "10.0 worker-hours"
     assert say_time(None) == "-"
@@ -50,6 +51,7 @@ def test_the_files_have_all_numbers_and_all_runs(comparison: Comparison, tmp_pat
     text = (tmp_path / "comparison.md").read_text()
     assert text.startswith("# 4 run(s) of 2 config(s)\n")
     for line in (
+        "| what differs | A | B |",
         "| loss.kind | a | b |",
         "| A: loss.kind=a | 2 | 4.0 ± 0.0 seconds | 4.0 ± 0.0 worker-seconds |",
         f"**{RECALL}, %**",
@@ -84,3 +86,20 @@ def test_figures_are_drawn_where_there_is_something_to_draw(
     assert not draw_curves(empty, tmp_path / "none.png")
     assert not draw_pareto(empty, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_of_many_groups_each_has_a_row_and_the_best_are_drawn(tmp_path: Path) -> None:
+    """The legend of all would be higher than an image can be."""
+    ways = {f"r{n}": course(1.0 + n, n / 900) for n in range(900)}
+    runs = [
+        tracked(name, metrics={RECALL: way.points[RECALL][-1][1]}, optim__lr=name, loss__kind="a")
+        for name, way in ways.items()
+    ]
+    found = compare(group_runs(runs), [RECALL], {run.ref.run_id: ways[run.name] for run in runs})
+    titles, rows = config_table(found)
+    assert (titles, rows[:2]) == (["group", "optim.lr"], [["A", "r0"], ["B", "r1"]])
+    assert [each.group.config["optim.lr"] for each in _shown(found)][:2] == ["r899", "r898"]
+    for draw in (draw_curves, draw_pareto):
+        assert draw(found, tmp_path / "many.png")
+        with Image.open(tmp_path / "many.png") as image:
+            assert image.size[1] < 2000

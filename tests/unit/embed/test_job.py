@@ -1,6 +1,8 @@
 """Bulk embedding: a row for a row, bad ones with the reason, and a job that can stop anywhere."""
 
 import json
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,16 +12,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import torch
 
 from pipeline.data.decode import REASONS
 from pipeline.data.layout import read_catalog
+from pipeline.data.prepare import gather
+from pipeline.data.prepare.job import Options, prepare
+from pipeline.data.prepare.store import Store
 from pipeline.embed.encoder import Checkpoint, find_checkpoint, read_encoder
 from pipeline.embed.job import Outcome, embed
 from pipeline.embed.pieces import cut_pieces, read_piece
 from pipeline.errors import UserError
-from tests.tiny import FUSION, tiny_config, tiny_module
-from tests.tiny_data import jpeg, write_pairs
+from tests.tiny import FUSION, tiny_config, tiny_module, tiny_tokenizer
+from tests.tiny_data import LABELS, jpeg, write_pairs
 from tests.tiny_run import publish_module
 
 COLUMNS = ["file", "row_group", "row", "key", "caption", "image_embedding", "text_embedding",
@@ -83,8 +89,17 @@ def test_embeddings_are_what_the_towers_give(
     _embed(run, pairs, tmp_path / "out")
     found = pq.read_table(tmp_path / "out")
     encoder = read_encoder(run)
-    texts = found["caption"].to_pylist()
-    assert np.array_equal(encoder.texts(texts[:4]), found["text_embedding"].to_pylist()[:4])
+    captions = [f"a {LABELS[row % 3]} number {row}" for row in range(7)]
+    assert found["caption"].to_pylist() == captions
+    # Ids of a text by the tokenizers library alone: start, words, end, padding.
+    words = tokenizers.Tokenizer.from_str(tiny_tokenizer().json)
+    ids = [[1, *words.encode(text).ids[:6], 3] for text in captions]
+    tokens = torch.tensor([[*row, *[0] * (8 - len(row))] for row in ids])
+    with torch.no_grad():
+        expected = module.eval()(None, tokens).text
+    assert len({tuple(row) for row in expected.tolist()}) > 1
+    for text in (found["text_embedding"].to_pylist(), encoder.texts(captions)):
+        assert torch.allclose(torch.tensor(text), expected, atol=1e-6)
     rows = read_catalog(str(pairs), "IN")
     (first, *_) = cut_pieces(rows, 99)
     images = [row.image for row in read_piece(rows.sources[0], first)]
@@ -146,6 +161,8 @@ def test_neither_side_is_refused(run: str, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table({"number": [1]}), tmp_path / "in" / "0.parquet")
     with pytest.raises(UserError, match=r"^IN: no image column in .*its columns are number: int64"):
+        _embed(run, tmp_path / "in", tmp_path / "out")
+    with pytest.raises(UserError, match=r"name yours with --image-column NAME$"):
         _embed(run, tmp_path / "in", tmp_path / "out")
 
 
@@ -223,6 +240,23 @@ def test_it_goes_on_with_what_is_missing(run: str, tmp_path: Path) -> None:
     assert not (out / "_work").exists()
 
 
+def test_finished_pieces_are_looked_at_at_once(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = write_pairs(tmp_path / "in", 8, shards=8)
+    with pytest.raises(_Stopped):
+        _embed(run, pairs, tmp_path / "out", _stops_after(6))
+    together = threading.Barrier(6)
+    read = gather._read_footer
+
+    def wait(store: Store, name: str) -> dict[str, Any]:
+        together.wait(timeout=30)
+        return read(store, name)
+
+    monkeypatch.setattr(gather, "_read_footer", wait)
+    assert _embed(run, pairs, tmp_path / "out").embedded == 2
+
+
 def test_killed_while_files_are_shown(run: str, pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     whole = _embed(run, pairs, tmp_path / "whole")
@@ -272,9 +306,47 @@ def test_out_of_something_else(run: str, pairs: Path, tmp_path: Path, finished: 
     with pytest.raises(UserError, match=r"was made of other columns, image and caption, now image "
                        r"and shape; choose another folder, or remove it"):  # fmt: skip
         _embed(run, pairs, out, caption_column="shape")
-    write_pairs(pairs, 9, shards=2)
-    with pytest.raises(UserError, match=r"^OUT: .*was made of other files than IN holds now; choo"):
+    write_pairs(pairs, 9, shards=3)
+    with pytest.raises(UserError, match=r"^OUT: .*was made of other files than IN holds now .*: "
+                       r"\S+part-0.parquet changed, \S+part-1.parquet changed, \S+part-2.parquet "
+                       r"is new; restore them, choose another folder, or remove it"):  # fmt: skip
         _embed(run, pairs, out)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_file_of_the_same_size_in_the_place_of_another(
+    run: str, pairs: Path, tmp_path: Path, finished: bool
+) -> None:
+    out = tmp_path / "out"
+    if finished:
+        _embed(run, pairs, out)
+    else:
+        with pytest.raises(_Stopped):
+            _embed(run, pairs, out, _stops_after(1))
+    path = pairs / "part-1.parquet"
+    before = path.stat()
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"number 5", b"NUMBER 5"))
+    assert path.stat().st_size == before.st_size
+    with pytest.raises(
+        UserError, match=r"dates are compared\): \S+part-1.parquet changed; restore"
+    ):
+        _embed(run, pairs, out)
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert _embed(run, pairs, out).facts["rows"] == 7, "restored, it goes on"
+
+
+def test_of_many_changed_files_some_are_named(run: str, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "in", 6, shards=6)
+    _embed(run, pairs, tmp_path / "out")
+    for path in pairs.iterdir():
+        os.utime(path, (1, 1))
+    (pairs / "part-0.parquet").unlink()
+    with pytest.raises(
+        UserError, match=r"part-0.parquet is gone, .*part-3.parquet changed and 2 mo"
+    ):
+        _embed(run, pairs, tmp_path / "out")
 
 
 def test_another_step_of_the_same_run(run: str, pairs: Path, tmp_path: Path) -> None:
@@ -298,6 +370,39 @@ def test_places_that_cannot_be_used(run: str, pairs: Path, tmp_path: Path) -> No
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"^OUT: .*full holds other files \(notes.txt\); choose"):
         _embed(run, pairs, tmp_path / "full")
+
+
+def test_out_has_a_half_finished_prepare_in_it(run: str, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(_Stopped):
+        prepare(str(pairs), str(out), Options(), _stops_after(0))
+    with pytest.raises(UserError, match=r"^OUT: .*out holds a `gammaray data prepare` that is not "
+                       r"finished; choose another folder, or remove it"):  # fmt: skip
+        _embed(run, pairs, out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_column": "photo"}, "^--image-column: 'photo' is not in"),
+        ({"caption_column": "words"}, "^--caption-column: 'words' is not in"),
+        ({"image_column": "caption"}, "^--image-column: 'caption' holds text"),
+        ({"caption_column": "image"}, "^--caption-column: 'image' in .* it must be string"),
+    ],
+)
+def test_columns_are_named_as_the_command_has_them(
+    run: str, pairs: Path, tmp_path: Path, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        _embed(run, pairs, tmp_path / "out", **options)
+
+
+def test_shards_of_different_columns(run: str, pairs: Path, tmp_path: Path) -> None:
+    table = pq.read_table(pairs / "part-1.parquet")
+    pq.write_table(table.rename_columns(["image", "words", "shape"]), pairs / "part-1.parquet")
+    with pytest.raises(UserError, match=r"^IN: .*every shard needs it once: name the column with "
+                       r"--image-column or --caption-column, or remove the file"):  # fmt: skip
+        _embed(run, pairs, tmp_path / "out")
 
 
 def test_runs_that_cannot_be_used(run: str, tmp_path: Path) -> None:

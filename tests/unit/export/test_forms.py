@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline import cli
+from pipeline.config.schema import Config
 from pipeline.data.answers import AnswerList
 from pipeline.data.decode import Asked
 from pipeline.errors import UserError
+from pipeline.export.card import CLEANED
 from pipeline.export.forms import Form, export_run
 from pipeline.tracking import tracker
 from pipeline.tracking.tracker import MetricLog
 from pipeline.train.store import RunFolder, RunRecord
 from pipeline.train.task import build_module
 from tests.tiny import CAPTIONS, FUSION, tiny_config, tiny_module, tiny_tokenizer
-from tests.tiny_run import in_fresh_process, largest_difference, publish_module, tiny_inputs
+from tests.tiny_run import (
+    STATE,
+    in_fresh_process,
+    largest_difference,
+    publish_module,
+    publish_run,
+    tiny_inputs,
+)
 
 Run = tuple[RunFolder, RunRecord]
 SIGMOID = {"loss": {"kind": "sigmoid_local"}, "structure": {"separation": {"weight": 1.0}}}
@@ -218,6 +228,139 @@ def test_preprocessing_is_that_of_evaluation(tmp_path: Path, squeeze: bool) -> N
     assert np.abs(theirs[0].transpose(1, 2, 0) * 255 - ours).mean() < 1.0
 
 
+def test_what_the_card_says_of_pictures(tmp_path: Path) -> None:
+    """Those of the model's size are the same, but for three kinds; its Python mends one."""
+    import io
+
+    import numpy as np
+    from PIL import Image, ImageOps
+    from transformers import AutoImageProcessor
+
+    from pipeline.data.image import decode_eval
+
+    data = {"train": "nowhere", "vocab_size": 300, "background": (0, 255, 0),
+            "image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}  # fmt: skip
+    out = _export(_run(tmp_path, data=data), tmp_path / "out", "transformers")
+    processor = AutoImageProcessor.from_pretrained(out)
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    plain, turned = Image.fromarray(pixels), Image.Exif()
+    turned[0x0112] = 6
+
+    def differ(image: Image.Image, kind: str, mend: Any = lambda image: image, **more: Any) -> bool:
+        file = io.BytesIO()
+        image.save(file, kind, **more)
+        ours = decode_eval(file.getvalue(), (0, 255, 0), 16)
+        given = mend(Image.open(file))
+        theirs = processor(given, return_tensors="np").pixel_values[0].transpose(1, 2, 0)
+        return not np.array_equal((theirs * 255).round(), ours)
+
+    for kind in ("PNG", "JPEG", "WEBP", "BMP"):
+        assert not differ(plain, kind), kind
+    assert not differ(plain.convert("P"), "PNG")
+    assert not differ(plain.convert("L"), "JPEG")
+    assert not differ(plain.convert("CMYK"), "JPEG")
+    assert differ(plain, "JPEG", exif=turned)
+    assert not differ(plain, "JPEG", mend=ImageOps.exif_transpose, exif=turned)
+    clear = plain.copy()
+    clear.putalpha(128)
+    assert differ(clear, "PNG")
+    deep = np.asarray(plain.convert("L")).astype(np.uint16) * 257
+    assert differ(Image.fromarray(deep), "PNG")
+    theirs = processor(Image.fromarray(deep), return_tensors="np").pixel_values[0, 0] * 255
+    assert np.array_equal(theirs.round(), deep.clip(0, 255)), "it cuts off what is above"
+    card = (out / "README.md").read_text()
+    for said in ("Turned by EXIF", "training shows 0, 255, 0 (RGB", "Of 16 bits a channel"):
+        assert said in card, said
+
+
+@pytest.mark.parametrize("form", ["transformers", "openclip", "safetensors"])
+@pytest.mark.parametrize("cleaned", [False, True])
+def test_what_the_card_says_of_texts(tmp_path: Path, form: Form, cleaned: bool) -> None:
+    from transformers import AutoTokenizer
+
+    from pipeline.data.layout import as_captions
+
+    data = {"train": "nowhere", "vocab_size": 300, "clean_captions": cleaned}
+    out = _export(_run(tmp_path, data=data), tmp_path / "out", form)
+    card = (out / "README.md").read_text()
+    assert "training makes one blank of each run of blanks" in card
+    assert (CLEANED in card) == cleaned
+    assert ("OpenCLIP's tokenizer does the first too" in card) == (form == "openclip")
+    assert ('give it `" ".join(text.split())`' in card) == (form != "openclip")
+    text = " a  red\ncircle "
+    assert as_captions(text) == [" ".join(text.split())] == ["a red circle"]
+    words = AutoTokenizer.from_pretrained(out)
+    assert words(text).input_ids != words("a red circle").input_ids
+
+
+# ---- from the checkpoint alone -------------------------------------------------------------------
+
+
+def _begun_with(folder: Path, kind: str) -> tuple[Config, list[Path]]:
+    """A run's config, and the pretrained models it names, whose sizes it does not say."""
+    from transformers import BertConfig, BertModel, CLIPModel, ViTConfig, ViTModel
+
+    from pipeline.models.two_tower import clip_config
+
+    torch.manual_seed(7)
+    if kind == "two_tower":
+        theirs = tiny_config(model={"embed_dim": 24, "activation": "gelu", "image": {
+            "size": 16, "patch": 4, "width": 32, "layers": 3, "heads": 4}})  # fmt: skip
+        clip = CLIPModel(clip_config(theirs.model, 320, 1, 3, 0))
+        clip.save_pretrained(folder / "clip")
+        return tiny_config(model={"pretrained": str(folder / "clip")}), [folder / "clip"]
+    sizes = {"hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 2}
+    ViTModel(ViTConfig(**sizes, num_hidden_layers=2, image_size=32, patch_size=8)).save_pretrained(
+        folder / "vit"
+    )
+    BertModel(
+        BertConfig(**sizes, num_hidden_layers=5, vocab_size=310, max_position_embeddings=20,
+                   hidden_act="relu", layer_norm_eps=1e-3)
+    ).save_pretrained(folder / "bert")  # fmt: skip
+    model = {
+        **FUSION,
+        "image": {"size": 16, "patch": 8, "width": 16, "layers": 2, "heads": 2,
+                  "pretrained": str(folder / "vit")},
+        "text": {"context_length": 8, "width": 16, "layers": 2, "heads": 2,
+                 "pretrained": str(folder / "bert")},
+    }  # fmt: skip
+    return tiny_config(model=model), [folder / "vit", folder / "bert"]
+
+
+@pytest.mark.parametrize("kind", ["two_tower", "fusion"])
+def test_what_the_run_began_with_is_not_needed(tmp_path: Path, kind: str) -> None:
+    from pipeline.embed.encoder import read_encoder
+
+    config, models = _begun_with(tmp_path, kind)
+    module = tiny_module(config)
+    run = publish_module(tmp_path / "runs", config, module)
+    with torch.no_grad():
+        outputs = module.eval()(*tiny_inputs())
+    for folder in models:
+        folder.rename(folder.with_name(f"{folder.name}-gone"))
+    out = _export(run, tmp_path / "out", "transformers")
+    found = in_fresh_process(tmp_path / "work", [out])[out]
+    assert largest_difference(found, {"image": outputs.image, "text": outputs.text}) < 1e-5
+    texts = torch.from_numpy(read_encoder(run[0].url).texts(CAPTIONS))
+    assert torch.allclose(texts, outputs.text, atol=1e-5)
+    card = (out / "README.md").read_text()
+    assert ("3 layers, width 32, 4 heads, patches of 4" in card) == (kind == "two_tower")
+    assert str(models[0]) in card, "where it started from is told"
+
+
+def test_a_checkpoint_of_an_older_version_asks_for_it(tmp_path: Path) -> None:
+    config, (folder,) = _begun_with(tmp_path, "two_tower")
+    saved = tmp_path / "saved" / STATE
+    saved.parent.mkdir(parents=True)
+    torch.save({"module": tiny_module(config).state_dict()}, saved)
+    run = publish_run(tmp_path / "runs", config, tmp_path / "saved", zero_stage=0)
+    folder.rename(folder.with_name("gone"))
+    with pytest.raises(UserError, match=r"^model.pretrained: .* cannot be loaded as a CLIP model"):
+        _export(run, tmp_path / "out", "transformers")
+    folder.with_name("gone").rename(folder)
+    _export(run, tmp_path / "out", "transformers")
+
+
 def test_the_card_tells_the_facts(tmp_path: Path) -> None:
     run, record = _run(tmp_path, **SIGMOID)
     ref = tracker.open_run(
@@ -301,6 +444,36 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(UserError, match=message):
         export_run(*run, **{"out": tmp_path / "out", "form": form, "dtype": "fp32", **options})
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("form", ["transformers", "openclip", "safetensors"])
+@pytest.mark.parametrize("what", ["a file above", "no such device", "full", "full midway"])
+def test_an_out_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Form, what: str
+) -> None:
+    run = _run(tmp_path)
+    out = tmp_path / "out"
+    if what == "a file above":
+        (tmp_path / "file").write_text("")
+        out = tmp_path / "file" / "out"
+    elif what == "no such device":
+        out = Path("/proc/none/out")
+    elif what == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))
+    else:
+        monkeypatch.setattr("pipeline.export.forms.write_card", _full)
+    try:
+        with pytest.raises(
+            UserError, match=r"^OUT: .*out cannot be written \(.*; give a folder on"
+        ):
+            export_run(*run, out, form=form, dtype="fp32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    assert not list(tmp_path.glob("*out*")), "nothing is left that could pass for whole"
+
+
+def _full(*_: Any, **__: Any) -> str:
+    raise OSError(28, "No space left on device")
 
 
 def test_a_run_without_a_checkpoint_and_a_damaged_one_are_refused(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def _save_vit(folder: Path) -> ViTModel:
     torch.manual_seed(7)
     model = ViTModel(
         ViTConfig(hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                  image_size=32, patch_size=8)
+                  image_size=32, patch_size=8, hidden_act="gelu_new", layer_norm_eps=1e-6)
     )  # fmt: skip
     model.save_pretrained(folder)
     return model
@@ -228,6 +228,8 @@ def test_pretrained_parts_are_loaded(tmp_path: Path) -> None:
         }
     )  # fmt: skip
     model = build_fusion(config.model, vocab_size=300, pad=0, mean=(0, 0, 0), std=(1, 1, 1))
+    assert model.vision_model.config.hidden_act == "gelu_new"
+    assert model.vision_model.config.layer_norm_eps == 1e-6
     theirs = vit.state_dict()
     for name, value in model.vision_model.state_dict().items():
         if name == "embeddings.position_embeddings":

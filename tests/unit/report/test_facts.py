@@ -171,6 +171,13 @@ def test_what_hurts_is_mended_before_more_is_measured() -> None:
     )
 
 
+def test_a_whole_number_is_advised_with_all_its_digits() -> None:
+    params = {"train.epochs": "524288"}
+    points = {"eval/zero_shot/shape/accuracy": curve((100, 33, 0.8), (200, 90, 0.9))}
+    commands = [step.command for step in next_steps(trained(points=points, params=params))]
+    assert "gammaray train CONFIG name=longer train.epochs=1048576" in commands
+
+
 def test_a_measure_that_still_rises_asks_for_more() -> None:
     def rises(to: float) -> Record:
         points = {"eval/zero_shot/shape/accuracy": curve((100, 33, 0.8), (200, 90, to))}

@@ -8,16 +8,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import (
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+)
 
 from pipeline.cli.parcel import find_lost_paths
 from pipeline.config.plan import find_contradictions
 from pipeline.config.schema import Config
+from pipeline.data.text import train_tokenizer
 from pipeline.errors import RunStop, UserError
 from pipeline.export.forms import Form, export_run
+from pipeline.export.inputs import save_tokenizer
 from pipeline.models.fusion import fit_places
 from pipeline.train.module import build_pretraining
 from pipeline.train.start import check_start, load_outside, load_start
-from tests.tiny import FUSION, tiny_config, tiny_module, tiny_tokenizer
+from tests.tiny import CAPTIONS, FUSION, tiny_config, tiny_module, tiny_tokenizer
 from tests.tiny_run import publish_module
 
 IMAGE = {"size": 16, "patch": 8, "width": 16, "layers": 2, "heads": 2}
@@ -163,6 +172,10 @@ def test_another_tokenizer_is_refused_and_theirs_may_be_named(tmp_path: Path) ->
     config = _config(given, data={**data, "tokenizer": str(other / "transformers")})
     with pytest.raises(UserError, match=r"data.tokenizer: is .*other.*; .* leave it out"):
         check_start(config)
+    larger = train_tokenizer([*CAPTIONS, "words that were never merged before"], 310)
+    save_tokenizer(larger, 8, given)
+    with pytest.raises(UserError, match=r"has 310 ids, its model knows 300: put the tokenizer"):
+        check_start(_config(given))
 
 
 def _edit(path: Path, *keys: str, value: Any) -> None:
@@ -179,7 +192,8 @@ def _edit(path: Path, *keys: str, value: Any) -> None:
     [
         ("transformers", "config.json", ("model_type",), "siglip", "is of type 'siglip'; give a"),
         ("transformers", "config.json", ("text_config", "eos_token_id"), 7, "pools at 7: put"),
-        ("transformers", "config.json", ("text_config", "vocab_size"), 200, "knows 200: put the"),
+        ("transformers", "config.json", ("text_config", "vocab_size"), 200,
+         r"shape \[300, 16\], its configuration says \[200, 16\]: bring both here again"),
         ("transformers", "config.json", ("vision_config", "intermediate_size"), 65,
          "its image tower has MLPs 65 wide; only four times the width, 64"),
         ("transformers", "config.json", ("text_config", "layer_norm_eps"), 0.1,
@@ -214,8 +228,12 @@ def test_files_that_lack_something_are_refused(tmp_path: Path) -> None:
         load_outside(module, str(given))
     save_file({name: weights[name] for name in weights if name != "visual.proj"},
               given / FILES["openclip"])  # fmt: skip
-    with pytest.raises(RunStop, match=r"lacks \['towers.visual_projection.weight'\]"):
+    with pytest.raises(RunStop, match=r"lacks \['visual_projection.weight'\]; bring it here again"):
         load_outside(module, str(given))
+    with pytest.raises(
+        UserError, match=r"lacks \['visual_projection.weight'\]; bring it here again"
+    ):
+        check_start(_config(given))
     (given / FILES["openclip"]).unlink()
     with pytest.raises(UserError, match=r"has open_clip_config.json and none of .*put its weights"):
         check_start(_config(given))
@@ -228,10 +246,11 @@ def test_files_that_lack_something_are_refused(tmp_path: Path) -> None:
     save_file(weights, other / FILES["transformers"], metadata={"format": "pt"})
     with pytest.raises(RunStop, match=r"lacks \['visual_projection.weight'\]; bring it"):
         load_outside(module, str(other))
+    bare = _elsewhere(tmp_path / "nothing", "transformers")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (other / name).unlink()
+        (bare / name).unlink()
     with pytest.raises(UserError, match=r"has no tokenizer; put the files of the one it was"):
-        check_start(_config(other))
+        check_start(_config(bare))
     bare = _elsewhere(tmp_path / "bare", "openclip")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (bare / name).unlink()
@@ -239,6 +258,158 @@ def test_files_that_lack_something_are_refused(tmp_path: Path) -> None:
           value=str(tmp_path / "nowhere"))  # fmt: skip
     with pytest.raises(UserError, match=r"came with the tokenizer .*put its files into that"):
         check_start(_config(bare))
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def _pickled(path: Path, name: str) -> Path:
+    """The same weights in an older file, beside no other."""
+    weights = load_file(path)
+    path.unlink()
+    torch.save(weights, path.with_name(name))
+    return path.with_name(name)
+
+
+def _damage(folder: Path, form: Form, how: str) -> None:
+    weights = folder / FILES[form]
+    name = {"transformers": "pytorch_model.bin", "openclip": "open_clip_pytorch_model.bin"}[form]
+    config = {"transformers": "config.json", "openclip": "open_clip_config.json"}[form]
+    match how:
+        case "cut":
+            _cut(weights)
+        case "empty":
+            weights.write_bytes(b"")
+        case "cut pickle":
+            _cut(_pickled(weights, name))
+        case "no pickle":
+            _pickled(weights, name).write_bytes(b"<html>not found</html>")
+        case "empty pickle":
+            _pickled(weights, name).write_bytes(b"")
+        case "shape":
+            tensors = load_file(weights)
+            first = next(each for each in tensors if each.endswith("class_embedding"))
+            save_file({**tensors, first: torch.ones(3)}, weights, metadata={"format": "pt"})
+        case "list":
+            (folder / config).write_text("[1]")
+        case "tokenizer":
+            (folder / "tokenizer.json").write_text('{"model"')
+        case _:
+            weights.unlink()
+
+
+@pytest.mark.parametrize("form", ["transformers", "openclip"])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("cut", r"model.safetensors cannot be read as weights \(SafetensorError: .*bring it here"),
+        ("empty", r"model.safetensors cannot be read as weights \(SafetensorError"),
+        ("cut pickle", r"pytorch_model.bin cannot be read as weights \(RuntimeError: "),
+        (
+            "no pickle",
+            r"pytorch_model.bin cannot be read as weights \(\w+: .*save it as safetensors",
+        ),
+        ("empty pickle", r"pytorch_model.bin cannot be read as weights \(EOFError: "),
+        ("shape", r"class_embedding has shape \[3\], its configuration says \[16\]: bring both"),
+        ("list", r"config.json cannot be read as JSON"),
+        ("tokenizer", r"came with the tokenizer .*put its files into that folder \(\w+: "),
+        ("gone", r"has (open_clip_)?config.json and none of \[.*; put its weights there"),
+    ],
+)
+def test_damaged_files_are_named_before_the_first_step(
+    tmp_path: Path, form: Form, how: str, message: str
+) -> None:
+    given = _elsewhere(tmp_path, form)
+    _damage(given, form, how)
+    with pytest.raises(UserError, match=rf"^model.init: .*{message}"):
+        check_start(_config(given))
+
+
+@pytest.mark.parametrize(
+    ("form", "file", "keys", "value", "message"),
+    [
+        ("transformers", "config.json", ("vision_config", "hidden_size"), "wide",
+         "config.json does not describe a CLIP model .*hidden_size"),
+        ("transformers", "config.json", ("text_config", "num_attention_heads"), 0,
+         "config.json does not describe a CLIP model .ZeroDivisionError"),
+        ("transformers", "preprocessor_config.json", ("image_mean",), 0.5,
+         "preprocessor_config.json does not describe a CLIP model .TypeError"),
+        ("openclip", "open_clip_config.json", ("model_cfg", "embed_dim"), None,
+         "its embed_dim is None; it must be a number"),
+        ("openclip", "open_clip_config.json", ("model_cfg", "vision_cfg"), [1],
+         "its vision_cfg is .1.; it must hold sizes"),
+        ("openclip", "open_clip_config.json", ("model_cfg",), "x",
+         "open_clip_config.json does not describe a CLIP model .AttributeError"),
+        ("openclip", "open_clip_config.json", ("model_cfg", "vision_cfg", "head_width"), 0,
+         "open_clip_config.json does not describe a CLIP model .ZeroDivisionError"),
+    ],
+)  # fmt: skip
+def test_a_damaged_configuration_is_named(
+    tmp_path: Path, form: Form, file: str, keys: tuple[str, ...], value: Any, message: str
+) -> None:
+    given = _elsewhere(tmp_path, form)
+    _edit(given / file, *keys, value=value)
+    with pytest.raises(UserError, match=f"^model.init: .*{message}"):
+        check_start(_config(given))
+
+
+def test_weights_in_parts_are_read_and_a_lost_part_is_named(tmp_path: Path) -> None:
+    given = _elsewhere(tmp_path, "transformers")
+    whole = _theirs(given, "transformers")
+    CLIPModel.from_pretrained(given).save_pretrained(given, max_shard_size="20KB")
+    (given / FILES["transformers"]).unlink(missing_ok=True)
+    config = _config(given)
+    check_start(config)
+    module = build_pretraining(config, tiny_tokenizer())
+    assert load_outside(module, str(given))
+    for name, value in module.towers.state_dict().items():
+        assert torch.equal(value.reshape(whole[name].shape), whole[name]), name
+    lost = min(given.glob("model-*.safetensors"))
+    lost.unlink()
+    with pytest.raises(UserError, match=rf"{lost.name}, a part of its weights, is not there"):
+        check_start(config)
+
+
+# ---- a tower alone -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "tower", "projection"),
+    [
+        (CLIPVisionModel, "vision_model.", ""),
+        (CLIPVisionModelWithProjection, "vision_model.", "visual_projection."),
+        (CLIPTextModel, "text_model.", ""),
+        (CLIPTextModelWithProjection, "text_model.", "text_projection."),
+    ],
+)
+def test_a_tower_alone_is_taken_and_the_other_is_new(
+    tmp_path: Path, kind: Any, tower: str, projection: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = _elsewhere(tmp_path, "transformers")
+    alone = tmp_path / "alone"
+    kind.from_pretrained(given).save_pretrained(alone)
+    is_image = tower == "vision_model."
+    if not is_image:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (alone / name).write_bytes((given / name).read_bytes())
+    sizes = {"text": {**TEXT, "width": 32}} if is_image else {"image": {**IMAGE, "layers": 1}}
+    config = _config(alone, model={**sizes, **({} if projection else {"embed_dim": 8})})
+    tokenizer = check_start(config)
+    assert (tokenizer is None) == is_image, "the run trains its own"
+    one, other = ("image", "text") if is_image else ("text", "image")
+    said = f"has the {one} tower alone: the {other} tower begins with random weights"
+    assert said in caplog.text
+    assert ("and both projections" in caplog.text) == (not projection)
+    module = build_pretraining(config, tiny_tokenizer())
+    before = {name: value.clone() for name, value in module.towers.state_dict().items()}
+    assert load_outside(module, str(alone))
+    whole = _theirs(given, "transformers")
+    for name, value in module.towers.state_dict().items():
+        is_theirs = name.startswith((tower, projection) if projection else tower)
+        assert torch.equal(value, whole[name] if is_theirs else before[name]), name
+    with pytest.raises(UserError, match=rf"^model.{one}.width: is 24; .* set model.{one}.width=16"):
+        check_start(_config(alone, model={one: {**(IMAGE if is_image else TEXT), "width": 24}}))
 
 
 def test_a_hub_that_does_not_answer_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

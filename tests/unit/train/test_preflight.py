@@ -220,6 +220,20 @@ def test_a_tokenizer_is_trained_on_cleaned_captions(tmp_path: Path) -> None:
     assert tokenizers[0] == tokenizers[1] != tokenizers[2]
 
 
+def test_as_many_labels_as_are_allowed_and_one_more(pairs: dict[str, str], tmp_path: Path) -> None:
+    fusion = {"kind": "fusion", "fusion": {"layers": 1}}
+
+    def planned(most: int) -> Prepared:
+        task = {"kind": "classification", "answer_column": "shape", "max_answers": most}
+        return prepare(_config(pairs, tmp_path, model=fusion, task=task))
+
+    asked = planned(len(LABELS)).asked
+    assert asked is not None
+    assert set(asked.answers.names) == set(LABELS)
+    with pytest.raises(UserError, match=rf"{len(LABELS)} different labels, more than task.max_ans"):
+        planned(len(LABELS) - 1)
+
+
 def test_synonyms_that_cannot_be_read(pairs: dict[str, str], tmp_path: Path) -> None:
     config = _config(pairs, tmp_path, data={"synonyms": str(tmp_path / "none.txt")})
     with pytest.raises(UserError, match=r"1\. data\.synonyms: cannot read .*none\.txt"):

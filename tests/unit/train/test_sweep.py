@@ -1,9 +1,10 @@
 """What a sweep runs, what it refuses, and how its runs tell Tune of themselves."""
 
 import contextlib
+import os
+import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 
 from pipeline.config.load import parse_config
-from pipeline.config.space import read_axes
+from pipeline.config.space import make_variants, read_axes
 from pipeline.errors import UserError
-from pipeline.tracking import search
+from pipeline.tracking import search, tracker
 from pipeline.train import driver, sweep, trials
+from pipeline.train.lease import Lease
+from pipeline.train.loop import Wish
 from pipeline.train.store import RunFolder, RunRecord
 from pipeline.train.sweep import Sweep, close_sweep, plan_sweep
 from pipeline.train.sweep_record import SweepRecord, open_sweep, read_sweep, write_sweep
@@ -79,8 +82,14 @@ def test_problems_of_all_runs_are_found_before_the_first_starts(values: dict[str
         _plan(values, "loss.kind=gamma,no_such", "train.global_batch=8,-1", "model.embed_dim=16,x")
     text = str(caught.value)
     assert "tiny-kind_gamma-global_batch_8-embed_dim_x (and 3 more): model.embed_dim" in text
-    assert "tiny-kind_gamma-global_batch_-1" not in text
+    assert "tiny-kind_gamma-global_batch_minus1-embed_dim_16 (and 3 more): train.global" in text
     assert "no_such" in text
+
+
+def test_a_sign_stays_in_a_name() -> None:
+    variants = make_variants("s", read_axes(["a.b=1,-1,[-1, 2],[1, 2],1.0e-5,x-1"]))
+    names = [variant.name for variant in variants]
+    assert names == ["s-b_1", "s-b_minus1", "s-b_minus1-2", "s-b_1-2", "s-b_1e-05", "s-b_x-1"]
 
 
 def test_a_problem_of_the_data_is_told_once(values: dict[str, Any]) -> None:
@@ -111,9 +120,21 @@ def test_a_sweep_takes_no_runs_folder_and_keeps_its_keys(values: dict[str, Any])
     assert open_sweep(folder.url) == record
     with pytest.raises(UserError, match=r"varies optim\.lr, now it is to vary train\.seed; vary"):
         _plan(values)
-    folder.write_text("sweep.json", "{}")
-    with pytest.raises(UserError, match="not a sweep's record"):
-        _plan(values)
+    for damaged in (b"{}", b"\xff", b"[1"):
+        Path(folder.path, "sweep.json").write_bytes(damaged)
+        with pytest.raises(UserError, match="not a sweep's record"):
+            _plan(values)
+
+
+def test_what_a_run_is_told_does_not_depend_on_where_it_is(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values["tracking"] = {"uri": "sqlite:///books.db"}
+    values["evaluate"] = {"zero_shot": [{"column": "label", "classes": "classes.txt"}]}
+    config = parse_config(values, "tiny")
+    assert config.tracking.uri == f"sqlite:///{tmp_path}/books.db"
+    assert config.evaluate.zero_shot[0].classes == f"{tmp_path}/classes.txt"
 
 
 @pytest.mark.parametrize(
@@ -149,8 +170,11 @@ class _Trials:
         self.stop: set[str] = set()
         self.failures: dict[str, str] = {}
 
-    def __call__(self, asked: list[Trial], *, stop: Any, **rest: Any) -> dict[str, str]:
+    def __call__(
+        self, asked: list[Trial], *, stop: Any, is_lost: Any, **rest: Any
+    ) -> dict[str, str]:
         self.asked.append([trial.name for trial in asked])
+        assert not is_lost()
         for trial in asked:
             if trial.name in self.finish:
                 _begin(self.values, trial.name, is_finished=True, seed=int(trial.name[-1]))
@@ -223,24 +247,75 @@ def test_a_failure_is_told_and_tried_again(
     assert fake.asked[1] == ["tiny-seed_1"]
 
 
-def _actor(values: dict[str, Any], metric: str | None, *, is_over: bool = False) -> Any:
+def test_runs_are_looked_for_where_the_tracker_is_now(
+    values: dict[str, Any], fake: _Trials, tmp_path: Path
+) -> None:
+    fake.finish = {"tiny-seed_0", "tiny-seed_1"}
+    _run(_plan(values), tmp_path)
+    moved = tmp_path / "moved.db"
+    (tmp_path / "runs" / "mlflow.db").rename(moved)
+    values["tracking"] = {"uri": f"sqlite:///{moved}"}
+    ended = _run(_plan(values), tmp_path)
+    assert {run.uri for run in (ended.run, *ended.runs)} == {f"sqlite:///{moved}"}
+
+
+def test_a_sweep_that_another_driver_has_is_left_to_it(
+    values: dict[str, Any], fake: _Trials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Any] = []
+    monkeypatch.setattr(tracker, "close_run", lambda *given: closed.append(given))
+
+    def lose(asked: Any, *, is_lost: Any, **rest: Any) -> dict[str, str]:
+        assert not is_lost()
+        leases[0].is_lost = True
+        assert is_lost()
+        return {}
+
+    leases: list[Lease] = []
+    monkeypatch.setattr(Lease, "renew", lambda lease: leases.append(lease))
+    monkeypatch.setattr(sweep, "run_trials", lose)
+    with pytest.raises(UserError, match="tiny: another driver has taken this sweep over; leave"):
+        _run(_plan(values), tmp_path)
+    assert not closed, "its run in MLflow is the other's"
+
+
+class _Board:
+    """Stands for the board of a sweep."""
+
+    def __init__(self) -> None:
+        self.wished = Wish.NONE
+
+    def wish(self) -> Wish:
+        return self.wished
+
+
+def _actor(
+    values: dict[str, Any],
+    metric: str | None,
+    *,
+    is_over: bool = False,
+    board: _Board | None = None,
+) -> Any:
     actor = object.__new__(trials._Run)
     config = parse_config(values, "tiny")
     task = trials._Task(config=config, is_over=is_over)
     given = {"tasks": {"tiny": task}, "parent": "the parent", "metric": metric}
-    actor.setup({"trial": "tiny"}, log_folder=Path("logs"), **given)
+    given |= {"log_folder": Path("logs"), "board": board or _Board()}
+    actor.setup({"trial": "tiny"}, **given)
     return actor
 
 
 def test_a_run_tells_of_its_evaluations_and_its_end(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, Any] = {}
+    tags: list[Any] = []
+    monkeypatch.setattr(tracker, "set_tags", lambda *given: tags.append(given))
 
     def train(config: Any, listen: Any, log_path: Path, **rest: Any) -> None:
-        seen.update(rest)
         plan = SimpleNamespace(global_batch=8, samples=50)
         name = RECALL.removeprefix("eval/")
+        assert not tags, "a run that is killed before it is recorded is nobody's child"
+        _begin(values, "tiny", is_finished=False)
         listen({"kind": "started", "step": 3, "samples": 24, "plan": plan})
         listen({"kind": "evaluation", "step": 5, "metrics": {name: 0.5}})
         listen({"kind": "evaluation", "step": 6, "metrics": {name: 0.4}})
@@ -250,7 +325,22 @@ def test_a_run_tells_of_its_evaluations_and_its_end(
     assert actor.step() == {"samples": 40, RECALL: 0.5}
     ended = {"samples": 48, RECALL: 0.4, "done": True, "failure": ""}
     assert actor.step() == ended, "the last one comes with the end"
-    assert seen["tags"] == {"mlflow.parentRunId": "the parent"}
+    ((run, given),) = tags
+    assert (run.run_id, given) == ("abc", {"mlflow.parentRunId": "the parent"})
+
+
+def test_a_metric_that_does_not_come_is_told_of_with_those_that_do(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(config: Any, listen: Any, log_path: Path, **rest: Any) -> None:
+        listen({"kind": "evaluation", "step": 5, "metrics": {"a/accuracy": 0.5, "rows": 20.0}})
+
+    monkeypatch.setattr(driver, "train", train)
+    actor = _actor(values, RECALL)
+    (warning,) = actor.step().values()
+    assert warning.startswith(f"--asha: the evaluation has no {RECALL}, so the run is not stopped")
+    assert "it has eval/a/accuracy: interrupt" in warning
+    assert actor.step() == {"done": True, "failure": ""}
 
 
 def test_a_run_that_fails_says_why(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,11 +369,46 @@ def test_a_run_that_is_stopped_saves_first(
     actor.cleanup()
 
 
+def test_a_wish_to_end_has_a_run_save_and_no_other_begin(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = threading.Event()
+    begun: list[str] = []
+
+    def train(config: Any, *_: Any, stop: threading.Event, **rest: Any) -> None:
+        begun.append(config.name)
+        assert stop.wait(10)
+        saved.set()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver, "train", train)
+    monkeypatch.setattr(trials, "POLL_SECONDS", 0.01)
+    board = _Board()
+    actor = _actor(values, None, board=board)
+    board.wished = Wish.STOP
+    assert actor.step() == {"done": True, "failure": trials.INTERRUPTED}
+    assert saved.is_set()
+    assert actor.reset_config({"trial": "tiny"})
+    assert actor.step() == {"done": True, "failure": trials.INTERRUPTED}
+    assert begun == ["tiny"]
+
+
+def test_a_history_that_cannot_be_read_is_a_failure_with_a_remedy(values: dict[str, Any]) -> None:
+    folder = _begin(values, "tiny", is_finished=True)
+    Path(values["cluster"]["storage"], "mlflow.db").write_text("no database")
+    failure = _actor(values, RECALL, is_over=True).step()["failure"]
+    assert f"mlflow.db: cannot read {RECALL} of run abc (" in failure
+    assert "; mend the tracker, or sweep without --asha" in failure
+    folder.write_text("run.json", "{")
+    assert "not a run's record" in _actor(values, None).step()["failure"]
+
+
 def test_a_finished_run_tells_the_race_how_it_went(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _begin(values, "tiny", is_finished=True)
-    monkeypatch.setattr(trials, "read_history", lambda run, names: {RECALL: [(16, 0.1), (32, 0.2)]})
+    points = {RECALL: [(16, 0.1), (32, 0.2)]}
+    monkeypatch.setattr(tracker, "read_history", lambda run, names: points)
     actor = _actor(values, RECALL, is_over=True)
     assert [actor.step()["samples"] for _ in range(2)] == [16, 32]
     assert actor.step()["done"]
@@ -292,43 +417,145 @@ def test_a_finished_run_tells_the_race_how_it_went(
 def test_the_watcher_tells_stopped_from_finished_from_failed(values: dict[str, Any]) -> None:
     config = parse_config(values, "tiny")
     tasks = {name: trials._Task(config=config, is_over=name == "old") for name in
-             ("old", "good", "slow", "bad", "lost")}  # fmt: skip
+             ("old", "good", "slow", "bad", "late", "lost")}  # fmt: skip
     said: list[str] = []
     stopped: list[str] = []
-    watcher = trials._Watcher(tasks, said.append, stopped.append)
+    watcher = trials._Watcher(tasks, said.append, stopped.append, lambda: None, lambda: None)
 
-    def trial(name: str, **result: Any) -> Any:
-        return SimpleNamespace(config={"trial": name}, last_result=result, get_error=lambda: None)
-
-    watcher.on_trial_start(0, [], trial("old"))
-    watcher.on_trial_start(0, [], trial("good"))
-    watcher.on_trial_complete(0, [], trial("old", samples=8))
-    watcher.on_trial_complete(0, [], trial("good", failure=""))
-    watcher.on_trial_complete(0, [], trial("slow", samples=1024))
-    watcher.on_trial_complete(0, [], trial("bad", failure="no disk"))
-    watcher.on_trial_error(0, [], trial("lost"))
+    watcher.on_trial_start(0, [], _trial("old"))
+    watcher.on_trial_start(0, [], _trial("good"))
+    for name in ("good", "slow"):
+        watcher.on_trial_result(0, [], _trial(name), {"warning": "no such metric"})
+    watcher.on_trial_complete(0, [], _trial("old", samples=8, failure="no points"))
+    watcher.on_trial_complete(0, [], _trial("good", failure=""))
+    watcher.on_trial_complete(0, [], _trial("slow", samples=1024))
+    watcher.on_trial_complete(0, [], _trial("bad", failure="no disk"))
+    watcher.on_trial_complete(0, [], _trial("late", failure=trials.INTERRUPTED))
+    watcher.on_trial_error(0, [], _trial("lost"))
     assert stopped == ["slow"]
     assert watcher.failures == {"bad": "no disk", "lost": "its driver was lost"}
     assert said == [
         "good begins",
-        "good is finished (2 of 5)",
-        "slow is stopped early, at 1,024 samples (3 of 5)",
-        "bad failed: no disk (4 of 5)",
-        "lost failed: its driver was lost (5 of 5)",
+        "good: no such metric",
+        "old takes no part in the race: no points",
+        "good is finished (2 of 6)",
+        "slow is stopped early, at 1,024 samples (3 of 6)",
+        "bad failed: no disk (4 of 6)",
+        "late goes on another time",
+        "lost failed: its driver was lost (5 of 6)",
     ]
+
+
+def _trial(name: str, actor: Any = None, **result: Any) -> Any:
+    """Stands for one of Ray Tune's, that has ended."""
+    return SimpleNamespace(
+        config={"trial": name},
+        last_result=result,
+        get_error=lambda: None,
+        is_finished=lambda: True,
+        temporary_state=SimpleNamespace(ray_actor=actor),
+    )
+
+
+def test_those_that_save_are_waited_for_at_the_end(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[Any] = []
+
+    def wait(answers: list[Any], *, num_returns: int, timeout: float) -> None:
+        assert (num_returns, timeout) == (len(answers), trials.STOP_SECONDS)
+        waited.extend(answers)
+
+    monkeypatch.setattr(trials.ray, "wait", wait)
+    task = trials._Task(config=parse_config(values, "tiny"), is_over=False)
+    watcher = trials._Watcher({"slow": task}, print, print, lambda: None, lambda: None)
+    actor = SimpleNamespace(wait=SimpleNamespace(remote=lambda: "the answer"))
+    slow = _trial("slow", actor, samples=8)
+    watcher.on_trial_complete(0, [], slow)
+    watcher.on_step_end(0, [SimpleNamespace(is_finished=lambda: False), slow])
+    assert not waited, "others run"
+    watcher.on_step_end(0, [slow])
+    assert waited == ["the answer"]
+
+
+def test_an_end_is_asked_for_once() -> None:
+    why: list[str] = []
+    asked: list[str] = []
+    watcher = trials._Watcher({}, asked.append, print, lambda: why[0] if why else None,
+                              lambda: asked.append("end"))  # fmt: skip
+    watcher.on_step_begin(0, [])
+    why.append("enough")
+    watcher.on_step_begin(0, [])
+    watcher.on_step_begin(0, [])
+    assert asked == ["enough", "end"]
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_interrupts(kind: int) -> None:
+    before = signal.getsignal(kind)
+    heard: list[int] = []
+    with trials._signals(heard):
+        os.kill(os.getpid(), kind)
+        assert heard == [kind]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), kind)
+    assert signal.getsignal(kind) is before
 
 
 def test_as_many_at_a_time_as_there_is_room_for(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = _plan(values)
-    (one, two) = planned.trials
-    cluster = one.config.cluster
+    (cluster, other) = (trial.config.cluster for trial in planned.trials)
     need = cluster.max_workers * cluster.cpus_per_worker + cluster.ingest_cpus
     for cpus, room in ((need / 2, 1), (need, 1), (3 * need, 3)):
         monkeypatch.setattr(trials.ray, "cluster_resources", lambda cpus=cpus: {"CPU": cpus})
-        assert trials._room([one, two]) == room
-    gpus = cluster.model_copy(update={"gpus_per_worker": 1})
-    large = replace(two, config=two.config.model_copy(update={"cluster": gpus}))
+        assert trials._room([cluster, other]) == room
+    large = other.model_copy(update={"gpus_per_worker": 1})
     monkeypatch.setattr(trials.ray, "cluster_resources", lambda: {"CPU": 9 * need, "GPU": 2})
-    assert trials._room([one, large]) == 2
+    assert trials._room([cluster, large]) == 2
+
+
+class _Group:
+    """Stands for one of Ray's placement groups."""
+
+    is_there = False
+
+    def wait(self, seconds: float) -> bool:
+        return self.is_there
+
+
+def test_what_waits_for_room_has_the_cluster_make_it(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = _plan(values)
+    cluster = planned.trials[0].config.cluster
+    need = cluster.max_workers * cluster.cpus_per_worker + cluster.ingest_cpus
+    has = {"CPU": need}
+    asked: list[Any] = []
+    removed: list[Any] = []
+    group = _Group()
+    monkeypatch.setattr(trials.ray, "cluster_resources", lambda: has)
+    monkeypatch.setattr(
+        trials, "placement_group", lambda bundles: (asked.append(bundles), group)[1]
+    )
+    monkeypatch.setattr(trials, "remove_placement_group", removed.append)
+    waiting = trials._Waiting([cluster] * 3)
+    waiting._trial_iter = iter([SimpleNamespace(trial_id=name) for name in "abc"])
+    assert waiting.next_trial().trial_id == "a"
+    assert [waiting.next_trial() for _ in range(3)] == [None] * 3
+    (bundles,) = asked
+    assert sum(bundle["CPU"] for bundle in bundles) == need
+    group.is_there = True
+    has["CPU"] = 2 * need
+    assert waiting.next_trial().trial_id == "b", "the room is looked at anew"
+    assert waiting.next_trial() is None
+    assert removed == [group]
+    monkeypatch.setattr(trials, "ROOM_SECONDS", 0.0)
+    assert waiting.next_trial() is None
+    assert len(asked) == 2
+    waiting.on_trial_complete("a")
+    assert waiting.next_trial().trial_id == "c"
+    assert removed == [group] * 2, "all have room"
+    assert waiting.next_trial() is None
+    assert len(asked) == 2
