@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
@@ -317,11 +318,13 @@ def begin_places(side: int, width: int) -> Float[Tensor, "1 places width"]:
     of steps on where a thing is. The whole image's is zero. ("An empirical study of training
     self-supervised vision transformers", Chen et al. 2021, section 4.)
     """
-    waves = 10_000.0 ** -torch.linspace(0, 1, max(width // 4, 1) + 1)[:-1]
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    angles = [steps.reshape(-1, 1) * waves for steps in (rows, columns)]
-    grid = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
-    return F.pad(grid, (0, width - grid.shape[1], 1, 0))[None]
+    waves = 10_000.0 ** -np.linspace(0, 1, max(width // 4, 1), endpoint=False)
+    rows, columns = np.divmod(np.arange(side * side)[:, None], side)
+    grid = np.concatenate(
+        [wave(steps * waves) for steps in (rows, columns) for wave in (np.sin, np.cos)], axis=1
+    )
+    padded = np.pad(grid, ((1, 0), (0, width - grid.shape[1])))
+    return torch.from_numpy(padded.astype(np.float32))[None]
 
 
 def fit_places(
