@@ -114,6 +114,20 @@ def test_plan_writes_facts_and_says_them(
     assert json.loads(facts.read_text())["plan"]["steps"] == 37
 
 
+@pytest.mark.parametrize("facts", ["none/plan.json", "."])
+def test_facts_that_cannot_be_written_are_refused_before_the_work(
+    config: Path,
+    facts: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert _main(monkeypatch, "plan", str(config), "--json", str(tmp_path / facts)) == 2
+    said = capfd.readouterr()
+    assert "cannot be written" in " ".join(said.err.replace("│", " ").split())
+    assert "pairs a step" not in said.out
+
+
 def test_evaluate_without_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
