@@ -144,20 +144,18 @@ def _print_outcome(console: Console, outcome: Any) -> None:
     console.print()
     console.print(table)
     console.print()
-    uri = outcome.mlflow.uri
+    uri, here = outcome.mlflow.uri, Path(sys.executable).parent  # perhaps not on the PATH
     look = (
-        f"{Path(sys.executable).parent}/mlflow ui --backend-store-uri {uri}"
-        if uri.startswith("sqlite")
-        else f"open {uri}"
+        f"{here}/mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else f"open {uri}"
     )
     console.print(
         f"Took {outcome.seconds:.0f} s. Checkpoints: {outcome.folder}\n"
         f"MLflow run {outcome.mlflow.run_id} in {uri}\n"
         "Next:\n"
         f"  look at it      {look}\n"
-        f"  read its report gammaray report {outcome.folder}\n"
-        f"  evaluate again  gammaray evaluate {outcome.folder}\n"
-        "  your own data   gammaray train CONFIG data.train=FOLDER data.val=FOLDER",
+        f"  read its report {here}/gammaray report {outcome.folder}\n"
+        f"  evaluate again  {here}/gammaray evaluate {outcome.folder}\n"
+        f"  your own data   {here}/gammaray train CONFIG data.train=FOLDER data.val=FOLDER",
         markup=False,
         soft_wrap=True,
     )

@@ -266,9 +266,13 @@ def _warn(groups: Sequence[Measured], metrics: Sequence[str]) -> Iterable[str]:
     if not metrics:
         yield "The groups have no evaluation metric in common; choose metrics with --metric."
     members = [member for each in groups for member in each.members]
-    left_out = sum(member.why_not is not None for member in members)
+    left_out = [f"{m.run.name} {m.why_not}" for m in members if m.why_not is not None]
     if left_out:
-        yield f"{left_out} of {len(members)} runs are in no mean; the table of runs says why."
+        more = "" if len(left_out) <= 3 else f", and {len(left_out) - 3} more (comparison.md)"
+        yield (
+            f"{len(left_out)} of {len(members)} runs are in no mean: "
+            f"{'; '.join(left_out[:3])}{more}."
+        )
     for name, tag in (("commits", "mlflow.source.git.commit"), ("versions", "gammaray.version")):
         values = {value[:10] for m in members if (value := m.run.tags.get(tag))}
         if len(values) > 1:

@@ -68,6 +68,8 @@ def export_run(
             notes = save(trained, unfinished, DTYPES[dtype])
             card = write_card(trained, measures, form=form, dtype=dtype, use=use, notes=notes)
             (unfinished / "README.md").write_text(card, encoding="utf-8")
+            for path in unfinished.rglob("*"):  # safetensors keeps others from reading its files
+                path.chmod(0o755 if path.is_dir() else 0o644)
             unfinished.chmod(0o755)
             unfinished.rename(out)
     files = {

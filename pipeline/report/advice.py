@@ -120,7 +120,7 @@ def _to_enlarge(record: Record) -> Iterator[Step]:
 def _to_learn_more(record: Record) -> Iterator[Step]:
     folder, has_ended = _folder(record), record.run.status == "FINISHED"
     if not record.evaluated:
-        if not has_ended and record.run.params.get("data.val", "None") != "None":
+        if not has_ended and _is_given(record, "data.val"):
             return  # it will be, at its end
         yield Step(
             "Measure it",
@@ -131,19 +131,21 @@ def _to_learn_more(record: Record) -> Iterator[Step]:
     curves = _evaluated(record)
     rising = sum(points[-1].value > (1 + RISING) * points[-2].value for points in curves)
     if rising > len(curves) / 2:
-        epochs = _scaled(record.run.params.get("train.epochs"), 2)
+        key = "train.samples" if _is_given(record, "train.samples") else "train.epochs"
+        length = _scaled(record.run.params.get(key), 2)
         yield Step(
             "Train longer",
             f"{rising} of {len(curves)} measures rose by more than {RISING:.0%} between "
             "the last two evaluations.",
-            _again(record, "longer", f"train.epochs={epochs}"),
+            _again(record, "longer", f"{key}={length}"),
         )
     has_suite = any(name.startswith("suite/") for name in record.run.metrics)
     if has_ended and not has_suite and "gammaray.task" not in record.run.tags:
+        has_probes = any("_shots/" in name for name in record.run.metrics)
+        lacking = "" if has_probes else "no probes of few rows, "
         yield Step(
             "Measure it by all it can be measured by",
-            "Only what its config names was measured: no probes of few rows, none of the "
-            "runs tuned from it.",
+            f"Only what its config names was measured: {lacking}none of the runs tuned from it.",
             f"gammaray evaluate {folder} --suite all",
         )
     if has_ended:
@@ -211,6 +213,10 @@ def _verb(record: Record) -> str:
 def _again(record: Record, name: str, change: str) -> str:
     """The command that makes such a run with something changed."""
     return f"gammaray {_verb(record)} CONFIG name={name} {change}"
+
+
+def _is_given(record: Record, key: str) -> bool:
+    return record.run.params.get(key, "None") != "None"
 
 
 def _scaled(value: str | None, factor: float) -> str:

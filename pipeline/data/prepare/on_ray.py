@@ -127,6 +127,13 @@ class OnRay:
                 f"RAY_ADDRESS: no Ray cluster to work on ({error}); unset it to use this machine, "
                 "or start one with `ray start --head`"
             ) from error
+        except Exception as error:  # Ray raises a bare one where its processes do not come up
+            if "timed out" not in str(error):
+                raise
+            raise UserError(
+                f"Ray did not start on this machine ({error}); it is busy, or short of memory: "
+                "give the same command again"
+            ) from error
 
 
 class _Keeper:

@@ -110,7 +110,10 @@ def test_unfinished_runs_are_said_and_are_in_no_mean() -> None:
     ]
     assert only.results[RECALL].final == (0.4, None, 1)
     assert found.samples[RECALL] == 20
-    assert found.warnings[0] == "4 of 5 runs are in no mean; the table of runs says why."
+    assert found.warnings[0] == (
+        "4 of 5 runs are in no mean: killed stopped, at 10 samples; failed failed, at 0 samples; "
+        "going on not finished, at 10 samples, and 1 more (comparison.md)."
+    )
 
 
 def test_code_that_is_not_the_same_is_warned_of() -> None:

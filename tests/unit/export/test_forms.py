@@ -69,6 +69,8 @@ def test_each_dtype_in_a_fresh_process(tmp_path: Path) -> None:
         assert largest_difference(found[folder], expected[folder]) < tolerance, folder
     weights = load_file(tmp_path / "two_tower-bf16" / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    for path in (tmp_path / "fusion-bf16").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
 
 
 # ---- OpenCLIP ------------------------------------------------------------------------------------

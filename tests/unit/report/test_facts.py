@@ -172,10 +172,19 @@ def test_what_hurts_is_mended_before_more_is_measured() -> None:
 
 
 def test_a_whole_number_is_advised_with_all_its_digits() -> None:
-    params = {"train.epochs": "524288"}
     points = {"eval/zero_shot/shape/accuracy": curve((100, 33, 0.8), (200, 90, 0.9))}
-    commands = [step.command for step in next_steps(trained(points=points, params=params))]
-    assert "gammaray train CONFIG name=longer train.epochs=1048576" in commands
+    for key, other in (("train.epochs", "train.samples"), ("train.samples", "train.epochs")):
+        params = {key: "524288", other: "None"}
+        commands = [step.command for step in next_steps(trained(points=points, params=params))]
+        assert f"gammaray train CONFIG name=longer {key}=1048576" in commands
+
+
+def test_probes_that_are_there_are_not_said_to_lack() -> None:
+    probes = {"eval/linear_probe/shape/5_shots/accuracy": 0.9}
+    for metrics, lacks in (({}, True), (probes, False)):
+        steps = next_steps(trained(metrics=metrics))
+        (suite,) = [step for step in steps if step.command.endswith("--suite all")]
+        assert ("no probes of few rows" in suite.why) == lacks
 
 
 def test_a_measure_that_still_rises_asks_for_more() -> None:
