@@ -3,6 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # how long a thing takes is for benchmarks
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def _assert_same(ours: Tensor, theirs: Tensor, *inputs: Tensor, rtol: float, ato
         torch.testing.assert_close(mine, expected, rtol=rtol, atol=atol)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 9), st.floats(1, 100), st.integers(0, 1000))
 def test_infonce_is_cross_entropy(b: int, scale: float, seed: int) -> None:
     inputs = _unit(b, 5, seed), _unit(b, 5, seed + 1), _number(scale)
@@ -50,7 +50,7 @@ def test_infonce_is_cross_entropy(b: int, scale: float, seed: int) -> None:
         _assert_same(loss(*inputs).loss, dense_infonce(*inputs), *inputs, rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 9), st.floats(1, 100), st.floats(-20, 5), st.integers(0, 1000))
 def test_sigmoid_is_siglips(b: int, scale: float, bias: float, seed: int) -> None:
     inputs = _unit(b, 5, seed), _unit(b, 5, seed + 1), _number(scale), _number(bias)
@@ -59,7 +59,7 @@ def test_sigmoid_is_siglips(b: int, scale: float, bias: float, seed: int) -> Non
         _assert_same(ours, dense_sigmoid(*inputs), *inputs, rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(2, 9), st.floats(1, 30), st.floats(0, 3), st.integers(0, 1000))
 def test_fastclip_without_memory_is_the_global_contrastive_loss(
     b: int, scale: float, rho: float, seed: int
@@ -76,7 +76,7 @@ def test_fastclip_without_memory_is_the_global_contrastive_loss(
     _assert_same(v3, theirs, image, text, tau, rtol=2e-5, atol=2e-4)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(2, 6), st.floats(0.05, 1), st.booleans(), st.floats(1, 30), st.integers(0, 1000))
 def test_fastclip_remembers_each_row(
     b: int, gamma: float, learns_scale: bool, scale: float, seed: int

@@ -71,7 +71,7 @@ def _call(contrast: MomentumContrast, own: list[Tensor], slow: list[Tensor], sca
     return value.loss, value.metrics
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 9), st.floats(0, 1), st.integers(0, 1000))
 def test_without_a_queue_it_is_albefs_contrast_on_the_batch(
     rows: int, alpha: float, seed: int
@@ -177,7 +177,7 @@ def test_matching_is_the_cross_entropy_of_labelled_pairs() -> None:
 
 
 @given(st.integers(0, 5), st.floats(0, 1), st.integers(0, 1000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_masked_words_is_the_literal_soft_cross_entropy(
     count: int, alpha: float, seed: int
 ) -> None:

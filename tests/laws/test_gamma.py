@@ -37,7 +37,7 @@ def _grads(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, inputs))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 12), st.integers(2, 8), st.floats(1, 100), st.integers(0, 1000))
 def test_without_a_prior_it_is_clip_on_the_local_batch(
     b: int, d: int, scale: float, seed: int
@@ -86,7 +86,7 @@ class _FixedEvidence(Evidence):
         return self._weight
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(3, 9), st.floats(0.2, 1.0), st.integers(9, 200), st.integers(0, 1000))
 def test_gradient_is_that_of_the_defined_objective(
     b: int, g: float, num_virtual: int, seed: int
@@ -107,7 +107,7 @@ def test_gradient_is_that_of_the_defined_objective(
         torch.testing.assert_close(mine, expected, rtol=1e-7, atol=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(2, 17), st.integers(1, 20), st.floats(1, 100), st.sampled_from([0.3, 1.0]),
     st.integers(0, 1000),
@@ -166,7 +166,7 @@ def _in_shards(
     return torch.stack(values).mean()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 4), st.integers(2, 4), st.floats(1, 60), st.integers(0, 1000))
 def test_meeting_every_partner_is_infonce_on_the_global_batch(
     local: int, shards: int, scale: float, seed: int
@@ -185,7 +185,7 @@ def test_meeting_every_partner_is_infonce_on_the_global_batch(
         torch.testing.assert_close(mine, expected, rtol=1e-7, atol=1e-9)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(3, 9), st.floats(2, 60), st.integers(0, 1000))
 def test_scale_rules_without_a_prior(b: int, scale: float, seed: int) -> None:
     """K = n: plain and self-normalised agree; rho is the dual's derivative; fixed is zero."""

@@ -158,7 +158,7 @@ def test_separation_is_the_sum_of_its_literal_terms() -> None:
     torch.testing.assert_close(metrics["orthogonality"], ortho.detach())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.floats(0, 1), st.integers(0, 1000))
 def test_the_bridge_is_its_exact_expansion(t: float, seed: int) -> None:
     """On the sphere: gradients are taken by what is normalised, as it is in training."""
@@ -191,7 +191,7 @@ def test_consistency_is_the_printed_double_sum() -> None:
     torch.testing.assert_close(metrics["in_modal_asymmetry"], inner)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 24), st.integers(1, 6), st.integers(0, 1000))
 def test_squared_differences_of_many_rows_need_no_matrix_of_pairs(
     rows: int, dim: int, seed: int
@@ -232,7 +232,7 @@ def _rotation(seed: int) -> Tensor:
     return torch.linalg.qr(torch.randn(DIM, DIM, generator=generator, dtype=torch.float64))[0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 1000))
 def test_a_rotation_of_both_modalities_changes_no_term(seed: int) -> None:
     turn = _rotation(seed)
@@ -253,7 +253,7 @@ def test_a_rotation_of_both_modalities_changes_no_term(seed: int) -> None:
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000))
 def test_modalities_of_one_geometry_are_consistent(seed: int) -> None:
     """In-modal: whatever rotation lies between them. Cross-modal: equal embeddings."""
@@ -274,7 +274,7 @@ def test_orthogonal_parts_cost_nothing() -> None:
     assert orthogonality(shared, shared) == pytest.approx(1)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.floats(0, 1), st.integers(0, 1000))
 def test_a_view_on_the_bridge_costs_nothing_and_the_ends_are_the_pair(t: float, seed: int) -> None:
     v, text = _unit(seed).detach(), _unit(seed + 1).detach()

@@ -22,7 +22,7 @@ def _pairs(b: int, dim: int, seed: int, device: str = "cpu") -> tuple[Tensor, Te
     return F.normalize(image, dim=1).to(device), F.normalize(text, dim=1).to(device)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 23), st.integers(1, 9), st.sampled_from([1, 2]), st.floats(1, 100),
     st.integers(0, 1000),

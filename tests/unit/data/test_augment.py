@@ -116,7 +116,7 @@ pictures = st.tuples(st.integers(2, 40), st.integers(2, 40), st.integers(0, 2**3
 seeds = st.integers(0, 2**32 - 1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(pictures, seeds)
 def test_an_augmented_picture_follows_from_the_generator_and_keeps_its_shape(
     pixels: Pixels, seed: int
@@ -161,7 +161,7 @@ def _results(text: str, synonyms: augment.Synonyms) -> set[str]:
     return {augment_text(text, synonyms, np.random.default_rng(seed)) for seed in range(300)}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(captions, seeds, st.sampled_from([SYNONYMS, {}]))
 def test_an_augmented_caption_follows_from_the_generator_and_is_never_empty(
     text: str, seed: int, synonyms: augment.Synonyms

@@ -65,7 +65,7 @@ PARTS = ("<", ">", "<b>", "</b>", "<br/>", "<p a='", "'>", "&", "&lt;", "&gt;", 
          "<!--", "-->", "<script>", "Ã", "¶", "â€", "😀", "“", " ", "\n", "x", "y z")  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.sampled_from(PARTS), max_size=12).map("".join) | st.text())
 def test_cleaning_twice_is_cleaning_once(text: str) -> None:
     cleaned = clean_caption(text)

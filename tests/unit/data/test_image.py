@@ -201,7 +201,7 @@ sides = st.integers(2, 400)
 shares = st.tuples(st.floats(0.05, 1.0), st.floats(0.05, 1.0)).map(sorted).map(tuple)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(sides, sides, shares, st.integers(0, 2**32 - 1))
 def test_crop_is_inside_and_its_area_within_the_share(
     height: int, width: int, scale: tuple[float, float], seed: int
@@ -223,7 +223,7 @@ def test_crop_is_inside_and_its_area_within_the_share(
     assert crop_height <= RATIO[1] * (crop_width + 1) + 1
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(sides, sides, st.integers(1, 64), st.integers(0, 2**32 - 1))
 def test_train_crop_has_the_size_from_any_picture(
     height: int, width: int, size: int, seed: int
