@@ -4,6 +4,7 @@ Enters: a `Config`. Leaves: `Prepared`, or one `UserError` that lists every prob
 """
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -36,8 +37,10 @@ from pipeline.train.start import check_start
 from pipeline.train.store import RunFolder, RunRecord
 from pipeline.train.task import build_module
 
+LOG = logging.getLogger(__name__)
 LABELS = {"entailment": 3, "reasoning": 2}  # of these tasks
 TOKENIZER_CAPTIONS = 100_000  # captions a tokenizer is trained on, at most
+FEW_CAPTIONS = 0.25  # of rows, different ones: fewer, and they are labels
 T = TypeVar("T")
 
 
@@ -104,6 +107,8 @@ def prepare(config: Config, record: RunRecord | None = None) -> Prepared:
     probed = problems.attempt("evaluate.linear_probe", lambda: _read_probed(config))
     if val is not None and asked is not None:
         problems.attempt("data.val", lambda: _check_answers(config, val, asked))
+    if val is not None and config.task is None and config.evaluate.retrieval:
+        problems.attempt("data.val", lambda: _warn_of_labels(config, val))
     if data.synonyms is not None:
         problems.attempt("data.synonyms", lambda: read_synonyms(data.synonyms))
     if config.model.init is not None and record is None:
@@ -308,6 +313,19 @@ def _read_asked(config: Config, catalog: Catalog) -> Asked:
             f"than task.max_answers {task.max_answers}; name the column of labels, or raise it"
         )
     return Asked(answers=answers, pictures=pictures.pop())
+
+
+def _warn_of_labels(config: Config, val: Catalog) -> None:
+    captions = read_captions(val, config.evaluate.max_rows)
+    different = len(set(captions))
+    if different < FEW_CAPTIONS * len(captions):
+        LOG.warning(
+            "data.val: %d captions of evaluation rows, %d different: these are labels, and recall "
+            "says little, since rows with one caption are told apart all the same; set "
+            "evaluate.retrieval=false, and name a column in evaluate.zero_shot or linear_probe",
+            len(captions),
+            different,
+        )
 
 
 def _check_answers(config: Config, val: Catalog, asked: Asked) -> None:

@@ -2,6 +2,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.schema import Config, flatten
@@ -218,6 +220,20 @@ def test_a_tokenizer_is_trained_on_cleaned_captions(tmp_path: Path) -> None:
         for folder, is_clean in ((found, True), (meant, False), (found, False))
     ]  # fmt: skip
     assert tokenizers[0] == tokenizers[1] != tokenizers[2]
+
+
+@pytest.mark.parametrize(("different", "is_told"), [(3, True), (64, False)])
+def test_captions_that_are_labels_are_told_of(
+    different: int, is_told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_pairs(tmp_path / "labels", 64)
+    path = next(folder.glob("*.parquet"))
+    table = pq.read_table(path)
+    captions = pa.array([f"caption {row % different}" for row in range(64)])
+    place = table.schema.get_field_index("caption")
+    pq.write_table(table.set_column(place, "caption", captions), path)
+    prepare(_config({"train": str(folder), "val": str(folder)}, tmp_path))
+    assert ("64 captions of evaluation rows, 3 different" in caplog.text) == is_told
 
 
 def test_as_many_labels_as_are_allowed_and_one_more(pairs: dict[str, str], tmp_path: Path) -> None:
