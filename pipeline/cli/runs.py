@@ -210,11 +210,12 @@ def evaluate(
         is_interrupted = True
     finally:
         found = [each for each in measured if each.failure is None]
-        if suite is Choice.ALL and found:
+        if found:
             _print_results(console, found)
+        if suite is Choice.ALL and found:
             console.print(f"A file for each result: {folder.url}/{measure.SUITE}", soft_wrap=True)
         elif found:
-            _print_metrics(console, run, found[0].metrics)
+            _print_others(console, found[0].metrics)
         why_not = {each.asked.name: each.failure for each in measured if each.failure is not None}
         if measured:
             why_not |= {each.name: "the command ended before" for each in asked[len(measured) :]}
@@ -240,13 +241,13 @@ def _facts(run: str, measured: "Sequence[Measured]") -> dict[str, Any]:
     }
 
 
-def _print_metrics(console: Console, run: str, metrics: dict[str, float]) -> None:
-    table = Table(title=f"Evaluation of {run}", title_justify="left", show_edge=False)
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for label, value in metrics.items():
-        table.add_row(label, f"{value:,.4f}")
-    console.print(table)
+def _print_others(console: Console, metrics: dict[str, float]) -> None:
+    """What is no share: how many rows, and how the modalities lie."""
+    for name, value in metrics.items():
+        if name.split("/")[-1] in ("rows", "bad_rows"):
+            console.print(f"{name} {value:,.0f}")
+        elif name.startswith("geometry/"):
+            console.print(f"{name} {value:.4f}")
 
 
 def _print_results(console: Console, measured: "Sequence[Measured]") -> None:

@@ -40,6 +40,7 @@ from pipeline.train.task import build_module
 LOG = logging.getLogger(__name__)
 LABELS = {"entailment": 3, "reasoning": 2}  # of these tasks
 TOKENIZER_CAPTIONS = 100_000  # captions a tokenizer is trained on, at most
+MOST_WARMUP = 1 / 3  # of the run: beyond, the rate is hardly ever at its peak
 FEW_CAPTIONS = 0.25  # of rows, different ones: fewer, and they are labels
 T = TypeVar("T")
 
@@ -127,6 +128,12 @@ def prepare(config: Config, record: RunRecord | None = None) -> Prepared:
         sizes, more = _plan_sizes(config, base, began, facts)
         problems.found.extend(more)
     raise_problems(problems.found, "This run cannot start")
+    if began is not None and began.warmup_samples > MOST_WARMUP * began.samples:
+        LOG.warning(
+            "optim.warmup_samples: is %d of the run's %d samples; a tenth of them is usual",
+            began.warmup_samples,
+            began.samples,
+        )
     assert catalog is not None
     assert tokenizer is not None
     assert began is not None

@@ -222,6 +222,16 @@ def test_a_tokenizer_is_trained_on_cleaned_captions(tmp_path: Path) -> None:
     assert tokenizers[0] == tokenizers[1] != tokenizers[2]
 
 
+@pytest.mark.parametrize(("warmup", "is_told"), [(33, False), (40, True)])
+def test_a_warm_up_that_fills_the_run_is_told_of(
+    warmup: int, is_told: bool, pairs: dict[str, str], tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    train, optim = {"global_batch": 4, "samples": 100}, {"warmup_samples": warmup}
+    prepare(_config(pairs, tmp_path, train=train, optim=optim))
+    assert (f"is {warmup} of the run's 100 samples" in caplog.text) == is_told
+
+
 @pytest.mark.parametrize(("different", "is_told"), [(3, True), (64, False)])
 def test_captions_that_are_labels_are_told_of(
     different: int, is_told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
