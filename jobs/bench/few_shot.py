@@ -67,25 +67,20 @@ def main() -> None:
 
     checkpoint = find_checkpoint(args.run)
     trained = read_trained(checkpoint.folder, checkpoint.record, checkpoint.name)
-    untrained = build_pretraining(
-        trained.config, checkpoint.record.tokenizer, trained.meta.get("architecture")
-    )
-    tokenizer = checkpoint.record.tokenizer
+    config, tokenizer = trained.config, trained.record.tokenizer
+    modules = {
+        "run": trained.module,
+        "untrained": build_pretraining(config, tokenizer, trained.meta.get("architecture")),
+    }
     (train, train_labels), (test, test_labels) = (
         read(folder, args.column) for folder in (args.train, args.test)
     )
     with ThreadPoolExecutor() as pool:
         features = {
-            "run": [
-                embed(Encoder(trained.config, tokenizer, trained.module), pictures, pool)
-                for pictures in (train, test)
-            ],
-            "untrained": [
-                embed(Encoder(trained.config, tokenizer, untrained), pictures, pool)
-                for pictures in (train, test)
-            ],
-            "pixels": [flatten(pictures) for pictures in (train, test)],
+            name: [embed(Encoder(config, tokenizer, each), rows, pool) for rows in (train, test)]
+            for name, each in modules.items()
         }
+    features["pixels"] = [flatten(rows) for rows in (train, test)]
     shots = SHOTS[:1] if args.quick else SHOTS
     found = {
         name: {

@@ -17,7 +17,6 @@ from pipeline.cli.screen import plain
 if TYPE_CHECKING:
     from pipeline.export.forms import Exported
     from pipeline.tracking.registry import Version
-    from pipeline.tracking.tracker import RunRef
     from pipeline.train.store import RunFolder, RunRecord
 
 
@@ -62,7 +61,7 @@ def export(
     if register is not None:
         from pipeline.tracking.registry import check_name
 
-        check_name(_run_of(record), register)
+        check_name(record.mlflow, register)
     said = io.StringIO()  # DeepSpeed's and transformers' progress
     with (
         console.status(f"Reading {run} ..."),
@@ -107,10 +106,4 @@ def _register(
     step = int(done.checkpoint.removeprefix("step-"))
     tags = {"gammaray.step": str(step), "gammaray.format": form.value}
     samples = samples_at(folder, done.checkpoint)
-    return register(_run_of(record), out, name, samples=samples, tags=tags)
-
-
-def _run_of(record: "RunRecord") -> "RunRef":
-    from pipeline.tracking.tracker import RunRef
-
-    return RunRef(uri=record.mlflow_uri, run_id=record.mlflow_run_id)
+    return register(record.mlflow, out, name, samples=samples, tags=tags)

@@ -20,10 +20,8 @@ def is_folder(run: str) -> bool:
 
 def run_of_folder(run: str) -> "RunRef":
     """The MLflow run of a folder. Raises `UserError` where there is none."""
-    from pipeline.tracking.tracker import RunRef
-
     _, record = find_run(run)
-    return RunRef(uri=record.mlflow_uri, run_id=record.mlflow_run_id)
+    return record.mlflow
 
 
 def tracker_of(folders: "Sequence[RunRef]" = ()) -> str:

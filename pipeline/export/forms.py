@@ -27,7 +27,6 @@ from pipeline.export.card import write_card
 from pipeline.export.inputs import save_pictures, save_tokenizer
 from pipeline.export.trained import Trained, read_trained
 from pipeline.tracking.measures import last_measures
-from pipeline.tracking.tracker import RunRef
 from pipeline.train.store import RunFolder, RunRecord
 
 Form = Literal["transformers", "openclip", "safetensors"]
@@ -145,8 +144,7 @@ def _save_plain(trained: Trained, folder: Path, dtype: torch.dtype) -> list[str]
 def _read_measures(trained: Trained) -> tuple[dict[str, float], str | None]:
     """Those of the tracker; where it does not answer none, and why."""
     record = trained.record
-    ref = RunRef(uri=record.mlflow_uri, run_id=record.mlflow_run_id)
     try:
-        return last_measures(ref, "eval/", trained.meta["progress"]["samples"]), None
+        return last_measures(record.mlflow, "eval/", trained.meta["progress"]["samples"]), None
     except UserError as error:
         return {}, str(error)

@@ -33,6 +33,7 @@ from ray.train.torch import TorchConfig
 
 from pipeline.config.load import dump, parse_config
 from pipeline.config.schema import Config, WorkersRange, flatten
+from pipeline.data.connect import connecting
 from pipeline.data.layout import Catalog
 from pipeline.data.rows import BadRow
 from pipeline.data.storage import open_filesystem
@@ -120,7 +121,7 @@ def train(
         say("Opening the MLflow run")
         record = _reopen(config, record) if record else _new_record(prepared, folder, name)
         folder.write_record(record)
-        run = tracker.RunRef(uri=record.mlflow_uri, run_id=record.mlflow_run_id)
+        run = record.mlflow
         say(f"Starting {prepared.plan.workers} worker(s)")
         board = Board(record.attempts)
         watch = Watch(board, listen, config, _Diary(run, folder, record))
@@ -376,17 +377,13 @@ def _start_ray(config: Config, listen: Listener) -> None:
     # A submitted job (RAY_ADDRESS is set) trains where it was submitted, whatever the config says.
     is_local = config.cluster.address == "local" and "RAY_ADDRESS" not in os.environ
     listen({"kind": "phase", "text": "Starting Ray" if is_local else "Connecting to Ray"})
-    try:
+    address = config.cluster.address
+    remedy = "use local, or start one with `ray start --head`"
+    with connecting(f"cluster.address: no Ray cluster at {address}", remedy):
         if is_local:
             ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False)
         else:
-            address = config.cluster.address
             ray.init(address=None if address == "local" else address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"cluster.address: no Ray cluster at {config.cluster.address} ({error}); use local, or "
-            "start one with `ray start --head`"
-        ) from error
 
 
 def _check_cluster(config: Config) -> None:

@@ -24,6 +24,7 @@ from pipeline.data.rows import BadRow
 from pipeline.data.storage import open_filesystem
 from pipeline.data.text import Tokenizer
 from pipeline.errors import UserError
+from pipeline.tracking.tracker import RunRef
 
 RECORD = "run.json"
 META = "meta.json"
@@ -47,6 +48,11 @@ class RunRecord:
     is_finished: bool
     attempts: int = 0
     asked: Asked | None = None
+
+    @property
+    def mlflow(self) -> RunRef:
+        """Its MLflow run, where it was last."""
+        return RunRef(uri=self.mlflow_uri, run_id=self.mlflow_run_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -430,7 +430,7 @@ class _Run(tune.Trainable):
 
     def _replay(self, record: RunRecord, metric: str) -> None:
         """Tell the race of the evaluations that a run had before. Raises `UserError`."""
-        run = tracker.RunRef(uri=record.mlflow_uri, run_id=record.mlflow_run_id)
+        run = record.mlflow
         try:
             points = tracker.read_history(run, [metric])[metric]
         except Exception as error:
@@ -459,8 +459,7 @@ class _Run(tune.Trainable):
         One that is killed before begins anew, as another: the sweep would have both.
         """
         if (record := self._read_record()) is not None:
-            run = tracker.RunRef(uri=record.mlflow_uri, run_id=record.mlflow_run_id)
-            tracker.set_tags(run, {"mlflow.parentRunId": self._parent})
+            tracker.set_tags(record.mlflow, {"mlflow.parentRunId": self._parent})
 
     def _listen(self, event: driver.Event) -> None:
         match event["kind"]:

@@ -18,7 +18,7 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from pipeline.errors import UserError
+from pipeline.data.connect import connecting
 
 TASKS_PLANNED = 4096
 CPUS_EACH = 4  # of a keeper on CPUs, at most: more threads than that gain little in one
@@ -117,23 +117,12 @@ class OnRay:
         self._is_mine = True
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        try:
+        remedy = "unset it to use this machine, or start one with `ray start --head`"
+        with connecting("RAY_ADDRESS: no Ray cluster to work on", remedy):
             if "RAY_ADDRESS" in os.environ:
                 ray.init(**quiet)
             else:
                 ray.init("local", num_cpus=os.cpu_count(), include_dashboard=False, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"RAY_ADDRESS: no Ray cluster to work on ({error}); unset it to use this machine, "
-                "or start one with `ray start --head`"
-            ) from error
-        except Exception as error:  # Ray raises a bare one where its processes do not come up
-            if "timed out" not in str(error):
-                raise
-            raise UserError(
-                f"Ray did not start on this machine ({error}); it is busy, or short of memory: "
-                "give the same command again"
-            ) from error
 
 
 class _Keeper:

@@ -285,17 +285,22 @@ def test_finished_it_is_left_alone(run: str, pairs: Path, tmp_path: Path) -> Non
         _embed(run, pairs, out)
 
 
+def _begin(run: str, pairs: Path, out: Path, finished: bool) -> None:
+    """Embed `pairs`, to the end or to its first piece."""
+    if finished:
+        _embed(run, pairs, out)
+    else:
+        with pytest.raises(_Stopped):
+            _embed(run, pairs, out, _stops_after(1))
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_out_of_something_else(run: str, pairs: Path, tmp_path: Path, finished: bool) -> None:
     out = tmp_path / "out"
-    if finished:
-        _embed(run, pairs, out)
-    else:
-        with pytest.raises(_Stopped):
-            _embed(run, pairs, out, _stops_after(1))
+    _begin(run, pairs, out, finished)
     other = tiny_config(train={"seed": 1, "global_batch": 8, "samples": 64})
     another = publish_module(tmp_path / "another", other, tiny_module(other))[0].url
     said = (
@@ -318,11 +323,7 @@ def test_a_file_of_the_same_size_in_the_place_of_another(
     run: str, pairs: Path, tmp_path: Path, finished: bool
 ) -> None:
     out = tmp_path / "out"
-    if finished:
-        _embed(run, pairs, out)
-    else:
-        with pytest.raises(_Stopped):
-            _embed(run, pairs, out, _stops_after(1))
+    _begin(run, pairs, out, finished)
     path = pairs / "part-1.parquet"
     before = path.stat()
     content = path.read_bytes()
