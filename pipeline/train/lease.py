@@ -56,7 +56,7 @@ class Lease:
         """Renew until closed, or until the lease is another's."""
         while not self._closed.wait(RENEW_SECONDS):
             # A storage that does not answer for a while takes nothing from us.
-            with contextlib.suppress(OSError, pa.ArrowException):
+            with contextlib.suppress(OSError, pa.ArrowException, UserError):
                 found = _read(self._run)
                 if found is not None and found["token"] != self._token:
                     self.is_lost = True
@@ -66,7 +66,7 @@ class Lease:
     def close(self) -> None:
         """Give the run free, if it is still ours."""
         self._closed.set()
-        with contextlib.suppress(OSError, pa.ArrowException):
+        with contextlib.suppress(OSError, pa.ArrowException, UserError):
             found = _read(self._run)
             if found is not None and found["token"] == self._token:
                 self._run.filesystem.delete_file(f"{self._run.path}/{LEASE}")
@@ -115,8 +115,18 @@ def wait_for_the_dead(run: RunFolder) -> None:
 
 
 def _read(run: RunFolder) -> dict[str, Any] | None:
+    """What the lease says; None where there is none. Raises `UserError` where it is damaged."""
     text = run.read_text(LEASE)
-    return None if text is None else json.loads(text)
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+        return {name: found[name] for name in ("token", "host", "pid", "started", "count")}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{run.url}/{LEASE}: says {text[:40]!r}, not which driver trains this run, so it is "
+            "damaged; if none does, remove the file"
+        ) from None
 
 
 def _is_dead_here(found: dict[str, Any]) -> bool:

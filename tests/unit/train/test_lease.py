@@ -52,6 +52,15 @@ def test_a_driver_that_died_here_holds_nothing(run: RunFolder) -> None:
         pass
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"pid": 1}'])
+def test_a_damaged_lease_is_named(run: RunFolder, text: str) -> None:
+    run.filesystem.create_dir(run.path, recursive=True)
+    run.write_text(LEASE, text)
+    with pytest.raises(UserError, match=r"driver.json: says '.*damaged; if none does, remove"):
+        leased(run, _say).__enter__()
+    assert run.read_text(LEASE) == text
+
+
 def test_a_driver_elsewhere_is_watched(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "PATIENCE", 2.0)
     said: list[str] = []
