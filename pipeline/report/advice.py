@@ -47,7 +47,7 @@ def _to_end(record: Record) -> Iterator[Step]:
         yield Step(
             "Go on with it: give the same command again",
             f"It ended as {status}. {why}",
-            f"gammaray {_verb(record)} CONFIG",
+            f"gammaray {_verb(record)} {_config(record)}",
         )
 
 
@@ -212,7 +212,13 @@ def _verb(record: Record) -> str:
 
 def _again(record: Record, name: str, change: str) -> str:
     """The command that makes such a run with something changed."""
-    return f"gammaray {_verb(record)} CONFIG name={name} {change}"
+    return f"gammaray {_verb(record)} {_config(record)} name={name} {change}"
+
+
+def _config(record: Record) -> str:
+    """The file with the run's whole config; of a folder at a URL, what was given to begin it."""
+    folder = record.run.tags.get("gammaray.storage", "://")
+    return "CONFIG" if "://" in folder else shlex.quote(f"{folder}/config.yaml")
 
 
 def _is_given(record: Record, key: str) -> bool:

@@ -48,7 +48,7 @@ from pipeline.train.lease import Lease, leased
 from pipeline.train.loop import Wish
 from pipeline.train.measure import Evaluation, Measured
 from pipeline.train.preflight import Prepared, lacking_resources, prepare
-from pipeline.train.store import RunFolder, RunRecord, changed_keys, find_run
+from pipeline.train.store import CONFIG, RunFolder, RunRecord, changed_keys, find_run
 from pipeline.train.witness import Failures, Introduction, PlannedResize, Trainer
 from pipeline.train.worker import EvaluationJob, Job, evaluate_worker, train_worker, versions
 
@@ -121,6 +121,7 @@ def train(
         say("Opening the MLflow run")
         record = _reopen(config, record) if record else _new_record(prepared, folder, name)
         folder.write_record(record)
+        folder.write_text(CONFIG, dump(prepared.config))
         run = record.mlflow
         say(f"Starting {prepared.plan.workers} worker(s)")
         board = Board(record.attempts)
@@ -326,7 +327,7 @@ def _log_artifacts(
     """Config, plan, versions, dropped rows and figures; made at the end, whatever the end."""
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary)
-        (path / "config.yaml").write_text(dump(prepared.config))
+        (path / CONFIG).write_text(dump(prepared.config))
         plan = [prepared.catalog.describe(), *prepared.plan.sentences()]
         (path / "plan.txt").write_text("\n".join(plan) + "\n")
         listing = "\n".join(f"{name}=={version}" for name, version in versions().items())

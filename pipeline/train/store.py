@@ -1,6 +1,7 @@
 """The folder of a run in the storage: its record, its tokenizer, its checkpoints.
 
 STORAGE/NAME/run.json          what the run is, its MLflow run, whether it is finished
+STORAGE/NAME/config.yaml       its whole config: `gammaray train` takes it
 STORAGE/NAME/step-00000500/    a checkpoint, once it has a manifest; see checkpoint.py
 STORAGE/NAME/quarantine/       the rows that were dropped, and why
 STORAGE/NAME/suite/            what `gammaray evaluate --suite all` found, a file for each result
@@ -27,6 +28,7 @@ from pipeline.errors import UserError
 from pipeline.tracking.tracker import RunRef
 
 RECORD = "run.json"
+CONFIG = "config.yaml"
 META = "meta.json"
 MANIFEST = "manifest.json"
 

@@ -180,7 +180,7 @@ def test_five_kills_and_three_numbers_of_workers_lose_no_row_and_repeat_none(
     assert len(quarantined(tmp_path / "runs" / "tiny")) == 3
 
 
-def test_ctrl_c_ends_the_run_as_killed_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_run_as_killed_and_its_kept_config_goes_on(tmp_path: Path) -> None:
     config = write_run(tmp_path, train={"checkpoint_every": 3})
     driver = start("train", str(config))
     wait_for(lambda: checkpoint_at(tmp_path, 3))
@@ -189,7 +189,7 @@ def test_ctrl_c_ends_the_run_as_killed_and_the_same_command_goes_on(tmp_path: Pa
     assert driver.returncode == 130, output
     assert "The same command goes on with this run." in output
     assert mlflow_runs(tmp_path / "runs") == ["KILLED"]
-    run("train", str(config))
+    run("train", str(tmp_path / "runs" / "tiny" / "config.yaml"))
     assert mlflow_runs(tmp_path / "runs") == ["FINISHED"]
     assert json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())["attempts"] == 2
     assert points(tmp_path / "runs", "train/attempt")[-1][1] == 2

@@ -135,13 +135,18 @@ def test_a_failed_run_is_to_go_on_first_of_all() -> None:
     (first,) = next_steps(run)
     assert first.what.startswith("Go on with it")
     assert first.why == "It ended as FAILED. The last failure: worker 1 died"
-    assert first.command == "gammaray train CONFIG"
+    assert first.command == "gammaray train runs/tiny/config.yaml"
 
 
 def test_a_fine_tuned_run_goes_on_with_finetune() -> None:
     (first,) = next_steps(record(status="KILLED", tags={"gammaray.task": "vqa"}))
-    assert first.command == "gammaray finetune CONFIG"
+    assert first.command == "gammaray finetune runs/tiny/config.yaml"
     assert "it was stopped" in first.why
+
+
+def test_a_run_at_a_url_is_begun_by_what_was_given() -> None:
+    (first,) = next_steps(record(status="KILLED", tags={"gammaray.storage": "s3://runs/tiny"}))
+    assert first.command == "gammaray train CONFIG"
 
 
 def test_a_fine_tuned_run_has_its_own_export_and_no_suite() -> None:
@@ -159,15 +164,16 @@ def test_what_hurts_is_mended_before_more_is_measured() -> None:
     wait = {"train/data_wait_share": curve((100, 30, 0.9), (200, 55, 0.4))}
     steps = next_steps(trained(params=params, metrics=hurt, points=wait))
     assert [step.command for step in steps[:5]] == [
-        "gammaray train CONFIG name=calmer optim.lr=0.0005",
-        "gammaray train CONFIG name=faster cluster.ingest_cpus=4",
+        "gammaray train runs/tiny/config.yaml name=calmer optim.lr=0.0005",
+        "gammaray train runs/tiny/config.yaml name=faster cluster.ingest_cpus=4",
         "gammaray data inspect PATH --sheet sheet.png",
-        "gammaray train CONFIG name=longer model.text.context_length=32",
-        "gammaray train CONFIG name=larger train.global_batch=16",
+        "gammaray train runs/tiny/config.yaml name=longer model.text.context_length=32",
+        "gammaray train runs/tiny/config.yaml name=larger train.global_batch=16",
     ]
     assert "50 of 250 rows were unusable" in steps[2].why
     assert steps[6].command == (
-        "gammaray train CONFIG name=tiny-s4 train.seed=4; gammaray compare runs/tiny runs/tiny-s4"
+        "gammaray train runs/tiny/config.yaml name=tiny-s4 train.seed=4; "
+        "gammaray compare runs/tiny runs/tiny-s4"
     )
 
 
@@ -176,7 +182,7 @@ def test_a_whole_number_is_advised_with_all_its_digits() -> None:
     for key, other in (("train.epochs", "train.samples"), ("train.samples", "train.epochs")):
         params = {key: "524288", other: "None"}
         commands = [step.command for step in next_steps(trained(points=points, params=params))]
-        assert f"gammaray train CONFIG name=longer {key}=1048576" in commands
+        assert f"gammaray train runs/tiny/config.yaml name=longer {key}=1048576" in commands
 
 
 def test_probes_that_are_there_are_not_said_to_lack() -> None:
