@@ -50,8 +50,8 @@ def draw_curves(comparison: Comparison, path: Path) -> bool:
             axes.set_xlabel(label, fontsize=9)
             axes.grid(alpha=0.3)
             axes.set_xlim(left=0)
-            if is_share(name):
-                axes.yaxis.set_major_formatter(_percent())
+        if is_share(name):
+            _as_share(row[0])  # both have one y axis
         row[0].xaxis.set_major_formatter(EngFormatter())
         row[0].set_title(_title(comparison, name), fontsize=10, loc="left")
     left_out = any(member.why_not for each in shown for member in each.members)
@@ -93,7 +93,7 @@ def draw_pareto(comparison: Comparison, path: Path) -> bool:
         axes.grid(alpha=0.3)
         axes.margins(0.12)
         if is_share(name):
-            axes.yaxis.set_major_formatter(_percent())
+            _as_share(axes)
     is_line = any(len(comparison.front(name)) > 1 for name in names)
     marks = [("--", "the front: no other group is both cheaper and better")] if is_line else []
     _add_legend(figure, _legend(comparison, shown, *marks))
@@ -268,7 +268,9 @@ def _color(number: int) -> str:
     return f"C{number % 10}"
 
 
-def _percent() -> Any:
+def _as_share(axes: "Axes") -> None:
+    """Label in percent, from zero on where a spread would reach below it."""
     from matplotlib.ticker import FuncFormatter
 
-    return FuncFormatter(lambda value, _: f"{100 * value:g} %")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))

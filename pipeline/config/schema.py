@@ -593,7 +593,10 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.samples is None) == (self.epochs is None):
-            raise ValueError("give exactly one of samples and epochs (the length of the run)")
+            raise ValueError(
+                "give exactly one of samples and epochs (the length of the run), the other as "
+                f"null; samples is {self.samples or 'null'}, epochs is {self.epochs or 'null'}"
+            )
         return self
 
 

@@ -6,6 +6,7 @@ step, save, load. Must not know: what the module computes.
 
 import argparse
 import contextlib
+import io
 import os
 import shutil
 import tempfile
@@ -293,7 +294,12 @@ def load_weights(folder: Path, zero_stage: int) -> dict[str, Tensor]:
         return {name: tensor.float() for name, tensor in state["module"].items()}
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with _plainly_named(folder) as named:
+    said = io.StringIO()  # its progress, in whatever program reads the weights
+    with (
+        _plainly_named(folder) as named,
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+    ):
         weights = get_fp32_state_dict_from_zero_checkpoint(str(named), tag=TAG)
     assert weights is not None, "DeepSpeed gives None only where it merges files in place"
     return weights

@@ -3,6 +3,7 @@
 Enters: `Trained`, measures, how the form is used. Leaves: Markdown.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -151,12 +152,18 @@ def _measures(trained: Trained, measures: Mapping[str, float]) -> str:
         return "None are known for this checkpoint."
     rows = {
         name.removeprefix("eval/"): f"{100 * value:.1f} %"
-        for name, value in sorted(shown.items())
+        for name, value in sorted(shown.items(), key=_in_order)
         if "chance" not in name
     }
     where = trained.config.data.val or "evaluation rows"
     samples = trained.meta["progress"]["samples"]
     return f"On {where}, the last by {samples:,} pairs:\n\n{_table(rows)}"
+
+
+def _in_order(measure: tuple[str, float]) -> list[str | int]:
+    """By name, numbers as such: R@5 before R@10."""
+    parts = re.split(r"([0-9]+)", measure[0])
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
 def _table(rows: Mapping[str, Any]) -> str:

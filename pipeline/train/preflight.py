@@ -328,7 +328,7 @@ def _warn_of_labels(config: Config, val: Catalog) -> None:
     if different < FEW_CAPTIONS * len(captions):
         LOG.warning(
             "data.val: %d captions of evaluation rows, %d different: these are labels, and recall "
-            "says little, since rows with one caption are told apart all the same; set "
+            "says little, since another row with the same caption counts as a wrong answer; set "
             "evaluate.retrieval=false, and name a column in evaluate.zero_shot or linear_probe",
             len(captions),
             different,
