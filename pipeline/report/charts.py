@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 INK, GRID = "#123456", "#654321"  # stand for the page's colours
 PAGE = {INK: "currentColor", GRID: "var(--line)"}
 COLORS = ("#3b82d6", "#d9772b", "#2f9e64", "#c2559d", "#8a6fd1", "#a38a1d")
-KINDS = {"failed": ("X", "#d64545"), "resizing": ("s", "#3b82d6"), "started": ("^", "#2f9e64")}
+KINDS = {
+    "failed": ("X", "#d64545"),
+    "stopped": ("o", "#8a8f98"),
+    "resumed": (">", "#3b82d6"),
+    "resizing": ("s", "#3b82d6"),
+    "started": ("^", "#2f9e64"),
+}
 FEW = 3  # points that a line alone hardly shows
 MOST = 1500  # points of a line that are drawn
 SIZE = (5.2, 2.7)  # inches

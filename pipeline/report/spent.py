@@ -12,7 +12,8 @@ from pipeline.report.record import Record
 
 COMPUTE, WAIT, SAVE = "computing steps", "waiting for data", "saving checkpoints"
 EVALUATE, START = "evaluating", "starting, to the first step"
-ANEW, BETWEEN, END = "starting anew", "between steps, else", "after the last step"
+PAUSE, ANEW = "paused, between two commands", "starting anew"
+BETWEEN, END = "between steps, else", "after the last step"
 MEANING = {
     COMPUTE: "forward, backward and update",
     WAIT: "steps that stood still until their batch came; more cluster.ingest_cpus, or smaller "
@@ -20,8 +21,9 @@ MEANING = {
     SAVE: "training stands still while a worker writes to its own disk; sending goes on beside it",
     EVALUATE: "with the last checkpoint, which is saved just before the last evaluation",
     START: "Ray, workers, the model, the first batches",
-    ANEW: "from the last step logged before a restart to the first one logged after it: steps "
-    "done twice, and pauses between two commands",
+    PAUSE: "from the last step logged until the command was given again and had its data and Ray",
+    ANEW: "from there, or from the last step logged before a restart, to the first one logged "
+    "after it: steps done twice",
     BETWEEN: "logging, waiting for the other workers, and what is not told apart",
     END: "figures and files; of a run that failed, the starts that came to nothing",
 }
@@ -97,7 +99,9 @@ def spend(record: Record) -> list[Spent]:
     if not began or whole <= 0:
         return []
     sums = dict.fromkeys(MEANING, 0.0)
-    for what, seconds in _pieces(began, last_moment(record), windows(record), evaluations(record)):
+    resumed = [event.moment for event in events(record) if event.kind == "resumed"]
+    pieces = _pieces(began, last_moment(record), windows(record), evaluations(record), resumed)
+    for what, seconds in pieces:
         sums[what] += max(0.0, seconds)
     total = sum(sums.values())
     ordered = sorted(sums, key=lambda what: -sums[what])
@@ -106,7 +110,11 @@ def spend(record: Record) -> list[Spent]:
 
 
 def _pieces(
-    began: float, ended: float, trained: Sequence[Window], evaluated: Sequence[float]
+    began: float,
+    ended: float,
+    trained: Sequence[Window],
+    evaluated: Sequence[float],
+    resumed: Sequence[float],
 ) -> Iterator[tuple[str, float]]:
     before, attempt = began, None
     for window in trained:
@@ -114,7 +122,10 @@ def _pieces(
         if attempt is None:
             yield START, gap
         elif window.attempt != attempt:
-            yield ANEW, gap
+            again = [moment for moment in resumed if before < moment <= before + gap]
+            paused = max(again, default=before) - before
+            yield PAUSE, paused
+            yield ANEW, gap - paused
         else:
             saved = min(gap, window.saving)
             is_evaluated = any(before < moment <= window.ended for moment in evaluated)

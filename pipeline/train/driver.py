@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -119,6 +120,7 @@ def train(
         _check_cluster(config)
         start_ray_data_here()
         say("Opening the MLflow run")
+        is_resumed = record is not None
         record = _reopen(config, record) if record else _new_record(prepared, folder, name)
         folder.write_record(record)
         folder.write_text(CONFIG, dump(prepared.config))
@@ -126,6 +128,8 @@ def train(
         say(f"Starting {prepared.plan.workers} worker(s)")
         board = Board(record.attempts)
         watch = Watch(board, listen, config, _Diary(run, folder, record))
+        if is_resumed:
+            watch.diary.note("resumed", f"the command was given again, on {socket.gethostname()}")
         job = Job(
             sizes=prepared.sizes,
             tokenizer=prepared.tokenizer,
@@ -143,6 +147,7 @@ def train(
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
+            watch.diary.note("stopped", "by Ctrl-C or SIGTERM")
             raise
         finally:
             bad_rows = folder.read_quarantine()

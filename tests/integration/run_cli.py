@@ -154,6 +154,15 @@ def points(runs: Path, metric: str) -> list[tuple[int, float]]:
         return sorted(rows.fetchall())
 
 
+def events(runs: Path) -> list[str]:
+    """What the tags of MLflow runs say has befallen them, in order: "failed: worker 1 ..."."""
+    with sqlite3.connect(runs / "mlflow.db") as database:
+        rows = database.execute(
+            "select key, value from tags where key like 'gammaray.event.%' order by key"
+        ).fetchall()
+    return [f"{key.rsplit('.', 1)[1]}: {value}" for key, value in rows]
+
+
 def mlflow_runs(runs: Path) -> list[str]:
     """The status of every run in the tracker's database."""
     with sqlite3.connect(runs / "mlflow.db") as database:

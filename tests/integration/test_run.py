@@ -14,6 +14,7 @@ import pytest
 from pipeline.data.order import union
 from tests.integration.run_cli import (
     checkpoint_at,
+    events,
     kill_group,
     mlflow_runs,
     newest_step,
@@ -191,6 +192,8 @@ def test_ctrl_c_ends_the_run_as_killed_and_its_kept_config_goes_on(tmp_path: Pat
     assert mlflow_runs(tmp_path / "runs") == ["KILLED"]
     run("train", str(tmp_path / "runs" / "tiny" / "config.yaml"))
     assert mlflow_runs(tmp_path / "runs") == ["FINISHED"]
+    befell = [event.partition(":")[0] for event in events(tmp_path / "runs")]
+    assert befell == ["stopped", "resumed", "started"]
     assert json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())["attempts"] == 2
     assert points(tmp_path / "runs", "train/attempt")[-1][1] == 2
     steps = [step for step, _ in points(tmp_path / "runs", "train/loss")]

@@ -21,6 +21,7 @@ import pytest
 
 from pipeline.data.order import union
 from tests.integration.run_cli import (
+    events,
     finish,
     is_trainer,
     mlflow_runs,
@@ -151,17 +152,6 @@ def _lost(folder: Path) -> float:
     return max(later - earlier for earlier, later in itertools.pairwise(times)) / 1000
 
 
-def _events(folder: Path) -> list[str]:
-    """What the MLflow run's tags say has befallen it, in order."""
-    import sqlite3
-
-    with sqlite3.connect(folder / "runs" / "mlflow.db") as database:
-        rows = database.execute(
-            "select key, value from tags where key like 'gammaray.event.%' order by key"
-        ).fetchall()
-    return [f"{key.rsplit('.', 1)[1]}: {value}" for key, value in rows]
-
-
 def test_a_node_is_switched_off(
     nodes: _Nodes, twin: dict[int, float], tmp_path: Path, tell_lost: Callable[[Path], None]
 ) -> None:
@@ -174,7 +164,7 @@ def test_a_node_is_switched_off(
     output = finish(driver)
     tell_lost(tmp_path)
     assert "restarting (2 more allowed before the next checkpoint)" in " ".join(output.split())
-    failed, started = _events(tmp_path)
+    failed, started = events(tmp_path / "runs")
     assert failed.startswith("failed: worker")
     assert started.startswith("started: attempt 2 from step ")
     _check(tmp_path, twin)
@@ -194,7 +184,7 @@ def test_a_node_is_taken_away_with_notice(
     output = finish(driver)
     tell_lost(tmp_path)
     assert "restarting" not in output, "it is no failure"
-    (started,) = _events(tmp_path)
+    (started,) = events(tmp_path / "runs")
     assert started == f"started: attempt 2 from step {at} with 2 worker(s), 2 before"
     _check(tmp_path, twin)
 
@@ -223,9 +213,10 @@ def test_workers_follow_the_nodes(nodes: _Nodes, tmp_path: Path) -> None:
     assert driver.returncode == 130, output
     assert "Saving before the end" in output
     assert mlflow_runs(tmp_path / "runs") == ["KILLED"]
-    resizing, started = _events(tmp_path)
+    resizing, started, stopped = events(tmp_path / "runs")
     assert resizing == "resizing: to 2 workers, all is saved first"
     assert started.startswith(f"started: attempt 2 from step {at} with 2 worker(s), 1 before")
+    assert stopped == "stopped: by Ctrl-C or SIGTERM"
     losses = points(tmp_path / "runs", "train/loss")
     assert len(losses) == len(dict(losses))
 

@@ -2,7 +2,18 @@
 
 import pytest
 
-from pipeline.report.spent import ANEW, BETWEEN, COMPUTE, END, EVALUATE, SAVE, START, WAIT, spend
+from pipeline.report.spent import (
+    ANEW,
+    BETWEEN,
+    COMPUTE,
+    END,
+    EVALUATE,
+    PAUSE,
+    SAVE,
+    START,
+    WAIT,
+    spend,
+)
 from tests.unit.report.runs import curve, record, trained
 
 
@@ -23,6 +34,15 @@ def test_every_second_of_a_run_is_said_once() -> None:
 def test_what_a_restart_costs_is_said_apart() -> None:
     again = {"train/attempt": curve((100, 30, 1), (200, 55, 2))}
     assert _seconds(trained(points=again))[ANEW] == pytest.approx(5)
+
+
+def test_a_pause_between_two_commands_is_no_start() -> None:
+    """The command was given again 4 of the 5 s after the last step."""
+    again = {"train/attempt": curve((100, 30, 1), (200, 55, 2))}
+    tags = {"gammaray.event.20231114T221354Z.resumed": "the command was given again"}
+    found = _seconds(trained(points=again, tags=tags))
+    assert found[PAUSE] == pytest.approx(4)
+    assert found[ANEW] == pytest.approx(1)
 
 
 def test_an_evaluation_between_steps_is_no_saving() -> None:
