@@ -25,7 +25,12 @@ from pipeline.cli import (
 from pipeline.cli.screen import plain
 from pipeline.errors import UserError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
 app.command()(runs.plan)
 app.command()(runs.train)
 app.command()(runs.finetune)

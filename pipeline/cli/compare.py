@@ -41,7 +41,13 @@ def compare(
         list[str] | None,
         typer.Option(metavar="NAME", help="Compare this, not what all runs share. Repeatable."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("runs/comparison"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the files; without it SWEEP/comparison for a sweep's folder, "
+            "else runs/comparison."
+        ),
+    ] = None,
 ) -> None:
     """Compare runs: configs, metrics over seeds, learning curves, quality against cost.
 
@@ -56,7 +62,23 @@ def compare(
     uri = tracker_of(folders)
     with console.status("Reading the runs ..."):
         found = find_runs(uri, folders=folders, names=names, experiment=experiment, where=where)
+    if out is None:
+        out = _default_out(() if experiment or where else runs or ())
     present(console, found, metric or (), out, record)
+
+
+def _default_out(runs: Sequence[str]) -> Path:
+    from pipeline.train.sweep_record import open_sweep
+
+    is_sweep = len(runs) == 1 and is_folder(runs[0]) and open_sweep(runs[0]) is not None
+    return sweep_out(runs[0]) if is_sweep else Path("runs/comparison")
+
+
+def sweep_out(folder: str) -> Path:
+    """Where a sweep's comparison goes: into its folder, or into runs/NAME for one elsewhere."""
+    url = folder.rstrip("/")
+    home = Path("runs", url.rpartition("/")[2]) if "://" in url else Path(url)
+    return home / "comparison"
 
 
 def _run_of_folder(folder: str) -> "RunRef":
@@ -80,7 +102,7 @@ def present(
     from pipeline.compare.group import group_runs
     from pipeline.compare.measure import choose_metrics
     from pipeline.compare.measure import compare as compare_groups
-    from pipeline.compare.write import write_files
+    from pipeline.compare.write import say_drawn, write_files
 
     with console.status("Reading the metrics ..."):
         groups = group_runs(found)
@@ -89,8 +111,8 @@ def present(
     _print(console, comparison)
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        drawn = {"curves.png": draw_curves, "pareto.png": draw_pareto}
-        figures = [name for name, draw in drawn.items() if draw(comparison, folder / name)]
+        pictures = {"curves.png": draw_curves, "pareto.png": draw_pareto}
+        figures = [name for name, draw in pictures.items() if draw(comparison, folder / name)]
         write_files(comparison, figures, folder)
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -102,11 +124,13 @@ def present(
             ) from error
         files = ", ".join(sorted(path.name for path in folder.iterdir()))
         console.print(f"{files} are in {out}", markup=False, soft_wrap=True)
+        if figures and (drawn := say_drawn(comparison)):
+            console.print(drawn, markup=False, soft_wrap=True)
         _record(console, comparison, folder, keep)
 
 
 def _print(console: Console, comparison: "Comparison") -> None:
-    from pipeline.compare.write import RESULTS, config_table, result_rows, say_time, titled
+    from pipeline.compare.write import RESULTS, config_table, headed, result_rows, say_time
 
     count = sum(len(each.members) for each in comparison.groups)
     console.print(f"{count} run(s) of {len(comparison.groups)} config(s), seeds apart:")
@@ -120,7 +144,7 @@ def _print(console: Console, comparison: "Comparison") -> None:
     if comparison.differs:
         _show(console, None, *config_table(comparison))
     for metric in comparison.metrics:
-        _show(console, titled(metric), RESULTS, result_rows(comparison, metric))
+        _show(console, headed(comparison, metric), RESULTS, result_rows(comparison, metric))
     for warning in comparison.warnings:
         console.print(f"warning: {warning}", markup=False, soft_wrap=True)
 

@@ -175,6 +175,12 @@ def _print_inspection(console: Console, found: Any) -> None:
             name, *(f"{value:,.0f}" if value >= 10 else f"{value:.3g}" for value in values)
         )
     console.print(table)
+    console.print(
+        f"Different captions: {len(found.captions):,} of {found.captions.total():,} (sampled)"
+    )
+    if found.labels:
+        labels = ", ".join(f"{name} ({count} values)" for name, count in found.labels.items())
+        console.print(plain(f"Perhaps labels, for evaluate.zero_shot: {labels}"), soft_wrap=True)
     formats = ", ".join(f"{name} {count}" for name, count in found.formats.most_common())
     console.print(f"Formats: {formats or 'no image could be decoded'}")
     bad = ", ".join(f"{reason} {count}" for reason, count in found.bad.most_common())

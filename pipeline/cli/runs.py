@@ -181,6 +181,7 @@ def evaluate(
     with their pictures.
     """
     from pipeline.config.load import override_values
+    from pipeline.evaluate.report import subjects
     from pipeline.train import driver, measure
 
     console: Console = context.obj
@@ -205,6 +206,8 @@ def evaluate(
                 )
             else:
                 asked.append(measure.ask(folder, record, config, checkpoint))
+            for each in asked:  # workers give the whole at once: till then nothing more is heard
+                screen.say(f"Measures {each.name} by {'; '.join(subjects(each.config))}.")
             driver.evaluate(asked, screen.show, log_path, take)
     except KeyboardInterrupt:
         is_interrupted = True

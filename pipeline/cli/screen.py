@@ -87,9 +87,10 @@ class Screen:
 
     def warn(self, text: str) -> None:
         """Show a sentence that is to be heeded."""
-        self._say(f"warning: {text}")
+        self.say(f"warning: {text}")
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Show a line, above the live one."""
         self._console.print(plain(text), soft_wrap=True)
 
     def _describe(self, text: str) -> None:
@@ -99,30 +100,30 @@ class Screen:
     def _on_phase(self, event: Event) -> None:
         self._describe(event["text"])
         if not self._is_live:
-            self._say(f"{event['text']} ...")
+            self.say(f"{event['text']} ...")
 
     def _on_planned(self, event: Event) -> None:
         prepared = event["prepared"]
         self._plan = prepared.plan
         for sentence in [f"{prepared.catalog.describe()}.", *prepared.plan.sentences()]:
-            self._say(sentence)
+            self.say(sentence)
         if event["resumed"]:
-            self._say(f"Run '{event['name']}' is unfinished: going on with it.")
+            self.say(f"Run '{event['name']}' is unfinished: going on with it.")
             if prepared.began is not None:
-                self._say(
+                self.say(
                     f"It began with {prepared.began.workers} worker(s) and a global batch of "
                     f"{prepared.began.global_batch:,}; it goes on with {self._plan.workers} and "
                     f"{self._plan.global_batch:,}. Length and virtual batch stay."
                 )
         elif event["name"] != prepared.config.name:
-            self._say(f"'{prepared.config.name}' is finished: this run is '{event['name']}'.")
+            self.say(f"'{prepared.config.name}' is finished: this run is '{event['name']}'.")
 
     def _on_started(self, event: Event) -> None:
         now = time.monotonic()
         is_another = event["attempt"] > 1 or event["workers"] != self._plan.workers
         who = f" with {event['workers']} worker(s)" if is_another else ""
         up = "" if self._trained_from[0] else f" (workers were up after {now - self._began:.0f} s)"
-        self._say(f"Training from step {event['step']:,}{who}{up}.")
+        self.say(f"Training from step {event['step']:,}{who}{up}.")
         self._plan = event["plan"]
         self._trained_from = (now, event["samples"])
         if self._is_live:
@@ -150,7 +151,7 @@ class Screen:
             )
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + 10
-            self._say(f"{numbers}  ETA {self._eta(event['samples'])}")
+            self.say(f"{numbers}  ETA {self._eta(event['samples'])}")
 
     def _last_step(self, event: Event) -> int:
         """Not the plan's number when other workers took larger or smaller steps before."""
@@ -167,12 +168,12 @@ class Screen:
         self._saved = f"  saved {int(event['name'].removeprefix('step-')):,}"
 
     def _on_resizing(self, event: Event) -> None:
-        self._say(f"Going on with {event['workers']} worker(s) as soon as all is saved.")
+        self.say(f"Going on with {event['workers']} worker(s) as soon as all is saved.")
 
     def _on_left(self, event: Event) -> None:
         goes_on = event["wish"].name == "MOVE"
         follows = "; the workers start anew" if goes_on else ""
-        self._say(f"{SAVED}{event['step']:,}{follows}.")
+        self.say(f"{SAVED}{event['step']:,}{follows}.")
         self._describe("starting anew" if goes_on else "stopping")
 
     def _on_warning(self, event: Event) -> None:
@@ -182,26 +183,29 @@ class Screen:
         self._describe("evaluating")
 
     def _on_evaluation(self, event: Event) -> None:
-        metrics = event["metrics"]
+        if "step" not in event:
+            return  # not in training: a table follows
         shown = [
             f"{name} {100 * value:.1f}%"
-            for name, value in metrics.items()
+            for name, value in event["metrics"].items()
             if name.endswith(("/accuracy", "recall_at_1"))
         ]
-        where = f"step {event['step']:,}: " if "step" in event else ""
-        self._say(f"{where}{', '.join(shown)}")
+        self.say(f"step {event['step']:,}: {', '.join(shown)}")
 
 
 class Bar:
     """Work of several kinds, one after the other: a bar on a terminal, lines elsewhere.
 
-    With a `unit` it also says how many of them are done in a second.
+    With a `unit` it also says how many of them are done in a second: on the way since the first
+    were, before which all had to start up; at the end in the whole time.
     """
 
     def __init__(self, console: Console, unit: str = ""):
         self._console = console
         self._unit = unit
         self._began = (0.0, 0)  # when, and what was done by then
+        self._first: tuple[float, int] | None = None  # the same of the first that was done after
+        self._rate = ""
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -233,23 +237,27 @@ class Bar:
         """Show that `done` of `total` is done."""
         if what != self._what:
             self._what, self._next_line = what, 0.0
-            self._began = (time.monotonic(), done)
+            self._began, self._first, self._rate = (time.monotonic(), done), None, ""
             if self._task is not None:
                 self._progress.remove_task(self._task)
             self._task = self._progress.add_task(what, total=max(1, total), rate="")
-        rate, left = self._pace(done, total)
-        self._progress.update(self._task, completed=done, rate=rate)
+        if self._first is None and done > self._began[1]:
+            self._first = (time.monotonic(), done)
         is_due = done >= total or time.monotonic() >= self._next_line  # its end is always said
-        if not self._console.is_terminal and is_due:
+        if is_due:
             self._next_line = time.monotonic() + 10
-            self.say(f"{what} {100 * done / max(1, total):.0f}%{rate}{left}")
+            self._rate, left = self._pace(done, total)
+            if not self._console.is_terminal:
+                self.say(f"{what} {100 * done / max(1, total):.0f}%{self._rate}{left}")
+        self._progress.update(self._task, completed=done, rate=self._rate)
 
     def _pace(self, done: int, total: int) -> tuple[str, str]:
-        """How fast it goes, and how long that will take; nothing before something was done."""
-        began, before = self._began
+        """How fast it goes, and how long that will take; nothing before that can be known."""
+        is_over = done >= total
+        began, before = self._began if is_over else self._first or self._began
         if not self._unit or done == before:
             return "", ""
         rate = (done - before) / max(time.monotonic() - began, 1e-9)
         left = round((total - done) / rate)
         shown = f"{left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d}"
-        return f"  {rate:,.0f} {self._unit}/s", f"  ETA {shown}"
+        return f"  {rate:,.0f} {self._unit}/s", "" if is_over else f"  ETA {shown}"

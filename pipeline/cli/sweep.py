@@ -1,14 +1,13 @@
 """`gammaray sweep`: one config in many variants, and a table of what came of them."""
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from pipeline.cli.arguments import ConfigPath, JsonPath, Overrides, write_json
-from pipeline.cli.compare import present
+from pipeline.cli.compare import present, sweep_out
 from pipeline.cli.runs import log_path_of
 from pipeline.cli.screen import Event, plain
 from pipeline.config.load import read_values
@@ -91,6 +90,5 @@ def _present(console: Console, planned: "Sweep", ended: "Ended") -> None:
     if not ended.runs:
         return
     found = find_runs(ended.run.uri, folders=ended.runs)
-    url = planned.folder.url
-    out = Path("runs", planned.name) if "://" in url else Path(url)
-    present(console, found, (), out / "comparison", lambda _, files: record_in(ended.run, files))
+    out = sweep_out(planned.folder.url)
+    present(console, found, (), out, lambda _, files: record_in(ended.run, files))

@@ -10,13 +10,12 @@ import numpy as np
 
 from pipeline.compare.curves import Course, Floats, band
 from pipeline.compare.measure import LOSS, Comparison, Measured, direction
-from pipeline.compare.write import counts, is_share, time_unit
+from pipeline.compare.write import PANELS, counts, is_share, time_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PANELS = 3  # metrics that are drawn, the first ones
 FEW = 3  # points of a curve that show little of the way
 WIDE = 70  # characters of a line of a legend,
 WIDTH = 5.3  # the inches that these take,
@@ -40,6 +39,7 @@ def draw_curves(comparison: Comparison, path: Path) -> bool:
     figure = Figure(figsize=(11, 3.2 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), 2, squeeze=False, sharey="row")
     unit, length = time_unit(_longest(shown))
+    has_chance = False
     for row, name in zip(panels, names, strict=True):
         for axes, way, scale, label in (
             (row[0], Course.over_samples, 1.0, "samples seen"),
@@ -52,11 +52,14 @@ def draw_curves(comparison: Comparison, path: Path) -> bool:
             axes.set_xlim(left=0)
         if is_share(name):
             _as_share(row[0])  # both have one y axis
+        for axes in row:
+            has_chance |= _draw_chance(axes, comparison.chance.get(name))
         row[0].xaxis.set_major_formatter(EngFormatter())
         row[0].set_title(_title(comparison, name), fontsize=10, loc="left")
     left_out = any(member.why_not for each in shown for member in each.members)
     marks = [("-", "pale: a run; thick: the mean of a group, and one standard deviation")]
     marks += [("--", "a run that is in no mean")] if left_out else []
+    marks += [(":", "chance")] if has_chance else []
     _add_legend(figure, _legend(comparison, shown, *marks))
     figure.savefig(path, dpi=110)
     return True
@@ -82,6 +85,7 @@ def draw_pareto(comparison: Comparison, path: Path) -> bool:
     others = [each for each in comparison.groups if each.group.label not in labels]
     figure = Figure(figsize=(max(6.5, 4.6 * len(names)), 4.2), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
+    has_chance = False
     unit, length = time_unit(max(each.cost.mean for each in comparison.groups if each.cost))
     for axes, name in zip(panels, names, strict=True):
         axes.plot(*_places(others, name, length), ".", color="lightgray", zorder=0)
@@ -94,8 +98,10 @@ def draw_pareto(comparison: Comparison, path: Path) -> bool:
         axes.margins(0.12)
         if is_share(name):
             _as_share(axes)
+        has_chance |= _draw_chance(axes, comparison.chance.get(name))
     is_line = any(len(comparison.front(name)) > 1 for name in names)
     marks = [("--", "the front: no other group is both cheaper and better")] if is_line else []
+    marks += [(":", "chance")] if has_chance else []
     _add_legend(figure, _legend(comparison, shown, *marks))
     figure.savefig(path, dpi=110)
     return True
@@ -210,6 +216,16 @@ def _draw_front(axes: "Axes", comparison: Comparison, name: str, length: float) 
     if len(costs) > 1:
         order = np.argsort(costs)
         axes.plot(costs[order], values[order], color="gray", linewidth=1, linestyle="--", zorder=0)
+
+
+def _draw_chance(axes: "Axes", chance: float | None) -> bool:
+    """Draw a line at chance; not where all lies so far above that it would press that together."""
+    bottom, top = axes.get_ylim()
+    if chance is None or chance < bottom:
+        return False
+    axes.axhline(chance, color="gray", linewidth=0.9, linestyle=":", zorder=0)
+    axes.set_ylim(bottom, max(top, 1.05 * chance))
+    return True
 
 
 def _places(groups: Sequence[Measured], name: str, length: float) -> tuple[Floats, Floats]:

@@ -92,7 +92,8 @@ class Measured:
 class Comparison:
     """All that is to be told. `differs` are the keys of configs that are not the same everywhere.
 
-    `samples` and `seconds` are, by metric, how far all counted runs reach.
+    `samples` and `seconds` are, by metric, how far all counted runs reach; `chance` is what
+    guessing gives, where all of them say the same.
     """
 
     groups: tuple[Measured, ...]
@@ -100,6 +101,7 @@ class Comparison:
     metrics: tuple[str, ...]
     samples: Mapping[str, float | None]
     seconds: Mapping[str, float | None]
+    chance: Mapping[str, float]
     warnings: tuple[str, ...]
 
     def front(self, metric: str) -> list[str]:
@@ -121,6 +123,13 @@ def direction(metric: str) -> Better | None:
     if words & HIGHER:
         return "higher"
     return "lower" if words & LOWER else None
+
+
+def chance_of(metric: str) -> str | None:
+    """The metric that says what guessing gives in `metric`; None where no run would have it."""
+    name = re.sub(r"recall(_at_\d+)$", r"chance\1", metric)
+    name = re.sub(r"/(\d+_shots/|mean_class_)?accuracy$", "/chance", name)
+    return None if name == metric else name
 
 
 def choose_metrics(groups: Sequence[Group], wanted: Sequence[str]) -> list[str]:
@@ -180,6 +189,7 @@ def compare(
         metrics=tuple(metrics),
         samples=samples,
         seconds=seconds,
+        chance={name: value for name in metrics if (value := _chance(every, name)) is not None},
         warnings=tuple(_warn(measured, metrics)),
     )
 
@@ -222,6 +232,13 @@ Way = Callable[[Course, str], tuple]
 def _common(members: Sequence[Member], metric: str, way: Way) -> float | None:
     curves = [way(member.course, metric) for member in members if member.why_not is None]
     return common_end([curve for curve in curves if len(curve[0])])
+
+
+def _chance(members: Sequence[Member], metric: str) -> float | None:
+    counted = [m for m in members if m.why_not is None and m.final(metric) is not None]
+    name = chance_of(metric)
+    values = {None if name is None else member.final(name) for member in counted}
+    return values.pop() if len(values) == 1 else None
 
 
 def _measure(

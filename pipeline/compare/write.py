@@ -10,6 +10,7 @@ from pipeline.compare.group import ABSENT, seed_of
 from pipeline.compare.measure import Comparison, Measured, Member, Spread, direction
 
 RESULTS = ("group (runs)", "final", "best", "equal samples", "equal time", "front")
+PANELS = 3  # metrics that are drawn, the first ones
 ACROSS = 8  # groups that have a column each; more have a row each
 UNITS = (("hours", 3600.0), ("minutes", 60.0))
 HOW = """\
@@ -37,6 +38,23 @@ def is_share(metric: str) -> bool:
 def titled(metric: str) -> str:
     """A metric's name, with the unit in which it is said."""
     return f"{metric}, %" if is_share(metric) else metric
+
+
+def headed(comparison: Comparison, metric: str) -> str:
+    """A metric's name over its table, with what guessing gives where that is known."""
+    chance = comparison.chance.get(metric)
+    return titled(metric) + ("" if chance is None else f" (chance {100 * chance:.3g} %)")
+
+
+def say_drawn(comparison: Comparison) -> str:
+    """Which metrics the pictures show, if not all."""
+    count = len(comparison.metrics)
+    if count <= PANELS:
+        return ""
+    return (
+        f"Pictures: the first {PANELS} of {count} metrics; others with "
+        "gammaray compare --metric NAME."
+    )
 
 
 def say(metric: str, spread: Spread | None, runs: int) -> str:
@@ -114,6 +132,7 @@ def to_markdown(comparison: Comparison, figures: Sequence[str]) -> str:
                 _differs(comparison),
                 "## What came of it",
                 _results(comparison),
+                *([drawn] if figures and (drawn := say_drawn(comparison)) else []),
                 *(f"![{Path(name).stem}]({name})" for name in figures),
                 "## Runs",
                 _runs(comparison),
@@ -129,6 +148,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "metrics": {
             name: {
                 "better": direction(name),
+                "chance": comparison.chance.get(name),
                 "equal_samples": comparison.samples[name],
                 "equal_seconds": comparison.seconds[name],
                 "pareto_front": comparison.front(name),
@@ -161,7 +181,10 @@ def _results(comparison: Comparison) -> str:
     ]
     tables = [_table(["group", "runs", "training time", "cost"], costs)]
     for metric in comparison.metrics:
-        tables += [f"**{titled(metric)}**", _table(RESULTS, result_rows(comparison, metric))]
+        tables += [
+            f"**{headed(comparison, metric)}**",
+            _table(RESULTS, result_rows(comparison, metric)),
+        ]
     return "\n\n".join(tables)
 
 

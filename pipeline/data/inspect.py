@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.data.clean import clean_caption
 from pipeline.data.image import BadImage, Pixels, decode, eval_geometry
-from pipeline.data.layout import Catalog, as_captions
+from pipeline.data.layout import FEW_DIFFERENT, Catalog, as_captions, label_columns
 from pipeline.data.rows import read_rows
-from pipeline.data.storage import open_filesystem
+from pipeline.data.storage import open_filesystem, retried
 
 SAMPLE = 512  # rows looked at
 SAMPLED_GROUPS = 16  # row groups they come from
@@ -32,7 +34,8 @@ QUANTILES = (0.0, 0.5, 0.95, 1.0)
 class Inspection:
     """What was seen. Quantiles are the least, median, 95th percentile and greatest of the sample.
 
-    `bad` counts reasons, `named` are the first bad rows as (path:row-group:row, reason).
+    `bad` counts reasons, `named` are the first bad rows as (path:row-group:row, reason). `values`
+    counts, by column, the values of those that may hold labels.
     """
 
     catalog: Catalog
@@ -41,6 +44,8 @@ class Inspection:
     named: list[tuple[str, str]] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
     captions_a_row: list[int] = field(default_factory=list)
+    captions: Counter[str] = field(default_factory=Counter)
+    values: dict[str, Counter[str]] = field(default_factory=dict)
     words: list[int] = field(default_factory=list)  # of each caption
     unclean_captions: int = 0  # those that cleaning would change
     sides: list[tuple[int, int]] = field(default_factory=list)  # width, height
@@ -51,6 +56,15 @@ class Inspection:
     def largest_group(self) -> int:
         """Bytes of the largest row group, uncompressed."""
         return max(size for shard in self.catalog.shards for size in shard.group_bytes)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """How many different values have the columns that look like labels."""
+        return {
+            name: len(counts)
+            for name, counts in self.values.items()
+            if len(counts) > 1 and _few(counts)
+        }
 
     def quantiles(self) -> dict[str, list[float]]:
         """By what is measured: the quantiles above; what was not seen is left out."""
@@ -79,6 +93,13 @@ class Inspection:
             found.append(
                 f"{bad} of {self.rows_read} sampled rows are unusable: more than the default "
                 "data.max_bad_fraction 0.5 allows"
+            )
+        if _few(self.captions):
+            found.append(
+                f"the captions are labels, {len(self.captions):,} different of "
+                f"{self.captions.total():,} sampled: retrieval will say little, since another row "
+                "with the same caption counts as a wrong answer; train with "
+                "evaluate.retrieval=false, and name a column in evaluate.zero_shot or linear_probe"
             )
         if self.unclean_captions:
             found.append(
@@ -113,10 +134,17 @@ class Inspection:
             "bad": dict(self.bad),
             "bad_rows": [{"row": row, "reason": reason} for row, reason in self.named],
             "formats": dict(self.formats),
+            "captions": self.captions.total(),
+            "different_captions": len(self.captions),
+            "labels": self.labels,
             "unclean_captions": self.unclean_captions,
             "quantiles": self.quantiles(),
             "advice": self.advice(),
         }
+
+
+def _few(counts: Counter[str]) -> bool:
+    return len(counts) < FEW_DIFFERENT * counts.total()
 
 
 def inspect(catalog: Catalog, *, rows: int = SAMPLE, groups: int = SAMPLED_GROUPS) -> Inspection:
@@ -149,15 +177,29 @@ def _sampled(
     for shard, group in chosen:
         source = catalog.sources[shard.source]
         filesystem, _ = open_filesystem(source.root)
-        table = read_rows(filesystem, shard.path, group, source.columns)
+        # Of each shard: but for the columns in use they may differ.
+        labels = label_columns(_read_schema(filesystem, shard.path), source.columns)
+        table = read_rows(filesystem, shard.path, group, source.columns, labels)
         most = min(table.num_rows, -(-most_rows // len(chosen)))
         yield shard.path, group, table, np.sort(rng.permutation(table.num_rows)[:most])
+
+
+def _read_schema(filesystem: pafs.FileSystem, path: str) -> pa.Schema:
+    def read() -> pa.Schema:
+        with filesystem.open_input_file(path) as file:
+            return pq.read_schema(file)
+
+    return retried(read, path, filesystem)
 
 
 def _look(found: Inspection, row: dict[str, Any]) -> str | None:
     """Take a row into the facts; give the reason why it is unusable, if it is."""
     captions = as_captions(row["caption"])
     found.captions_a_row.append(len(captions))
+    found.captions.update(captions)
+    for name, value in row.items():
+        if name.startswith("label/") and value:
+            found.values.setdefault(name.removeprefix("label/"), Counter())[value] += 1
     found.words.extend(len(caption.split()) for caption in captions)
     found.unclean_captions += sum(clean_caption(caption) != caption for caption in captions)
     if row["absence"] is not None:

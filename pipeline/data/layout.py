@@ -35,6 +35,7 @@ SPLITS = {  # what a role is called in a column `split`; of evaluation's names t
     "data.train": (("train", "restval"),),
     "data.val": (("val",), ("validation",), ("valid",), ("dev",), ("test",)),
 }
+FEW_DIFFERENT = 0.25  # of captions, or a column's values: fewer, and they are labels
 FOREIGN = {  # kinds of files that `gammaray data prepare` reads
     ".tar": "WebDataset tars", ".csv": "tables", ".tsv": "tables", ".json": "JSON",
     ".jsonl": "JSON",
@@ -46,7 +47,8 @@ class Shard:
     """One Parquet file: its path on the catalog's filesystem, bytes, rows of each row group.
 
     `row_groups` counts rows of the chosen split only, `num_rows` all; `group_bytes` are the row
-    groups' bytes, uncompressed. `source` is the number of its source in the catalog.
+    groups' bytes, uncompressed. `source` is the number of its source in the catalog, `modified`
+    the file's date, in nanoseconds, where the filesystem knows it.
     """
 
     path: str
@@ -55,6 +57,7 @@ class Shard:
     group_bytes: tuple[int, ...]
     num_rows: int
     source: int = 0
+    modified: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,9 +198,10 @@ def read_catalog(
     place), all, or a value. With `either` images alone, or captions alone, will do. Raises
     `UserError` for a missing path, no Parquet, unreadable files, columns that cannot be resolved.
     """
-    filesystem, paths = _find(path, place)
+    filesystem, files = _find(path, place)
+    paths = [file.path for file in files]
     with ThreadPoolExecutor(16) as pool:
-        footers = list(pool.map(lambda item: _footer(filesystem, item, place), paths))
+        footers = list(pool.map(lambda item: _footer(filesystem, item, place), files))
         columns = resolve_columns(footers[0][1], paths[0], place, image, caption, answer, either)
         for (_, schema), item in zip(footers, paths, strict=True):
             _check_columns(schema, item, place, columns, labels)
@@ -310,15 +314,15 @@ def _check_columns(
             )
 
 
-def _find(path: str, place: str) -> tuple[pafs.FileSystem, list[str]]:
+def _find(path: str, place: str) -> tuple[pafs.FileSystem, list[pafs.FileInfo]]:
     is_glob = any(character in path for character in "*?[") and not Path(path).exists()
     if "://" not in path and is_glob:
         matches = sorted(str(Path(item).absolute()) for item in glob.glob(path, recursive=True))  # noqa: PTH207  the pattern may be absolute
-        found: list[str] = []
+        found: list[pafs.FileInfo] = []
         for match in matches:
             if Path(match).name.startswith((".", "_")):
                 continue
-            found += _find(match, place)[1] if Path(match).is_dir() else [match]
+            found += _find(match, place)[1]
         if not found:
             raise UserError(f"{place}: no file matches {path}")
         return pafs.LocalFileSystem(), found
@@ -330,13 +334,18 @@ def _find(path: str, place: str) -> tuple[pafs.FileSystem, list[str]]:
     if info.type == pafs.FileType.NotFound:
         raise UserError(f"{place}: {path} does not exist; give a folder or file of Parquet")
     if info.type == pafs.FileType.File:
-        return filesystem, [inner]
+        return filesystem, [info]
     below = pafs.FileSelector(inner, recursive=True)
     listed = retried(lambda: filesystem.get_file_info(below), inner, filesystem)
-    files = sorted(item.path for item in listed if item.type == pafs.FileType.File)
-    found = [item for item in files if item.endswith(".parquet") and not _is_hidden(item, inner)]
+    files = [item for item in listed if item.type == pafs.FileType.File]
+    found = [
+        item
+        for item in sorted(files, key=lambda item: item.path)
+        if item.path.endswith(".parquet") and not _is_hidden(item.path, inner)
+    ]
     if not found:
-        seen = sorted({PurePosixPath(item).suffix or PurePosixPath(item).name for item in files})
+        names = (PurePosixPath(item.path) for item in files)
+        seen = sorted({name.suffix or name.name for name in names})
         advice = "Pairs are read from Parquet with the encoded image in a column"
         foreign = next((FOREIGN[suffix] for suffix in seen if suffix in FOREIGN), None)
         if foreign is not None:
@@ -352,7 +361,10 @@ def _is_hidden(path: str, root: str) -> bool:
     return any(part[0] in "._" for part in PurePosixPath(path).relative_to(root).parts)
 
 
-def _footer(filesystem: pafs.FileSystem, path: str, place: str) -> tuple[Shard, pa.Schema]:
+def _footer(
+    filesystem: pafs.FileSystem, file: pafs.FileInfo, place: str
+) -> tuple[Shard, pa.Schema]:
+    path = file.path
     try:
         size, metadata = retried(lambda: _metadata(filesystem, path), path, filesystem)
     except pa.ArrowInvalid as error:
@@ -366,6 +378,7 @@ def _footer(filesystem: pafs.FileSystem, path: str, place: str) -> tuple[Shard, 
         row_groups=tuple(group.num_rows for group in groups),
         group_bytes=tuple(group.total_byte_size for group in groups),
         num_rows=metadata.num_rows,
+        modified=file.mtime_ns or 0,
     )
     return shard, metadata.schema.to_arrow_schema()
 
@@ -495,6 +508,18 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _holds_label(kind: pa.DataType) -> bool:
     return not pa.types.is_nested(kind) and not pa.types.is_binary(kind)
+
+
+def label_columns(schema: pa.Schema, columns: Columns) -> list[str]:
+    """The columns of text or whole numbers that may hold labels: all but those with another use."""
+    used = {columns.image, columns.caption, columns.answer, SPLIT_NAME, STATUS_NAME}
+    return [
+        field.name
+        for field in schema
+        if field.name not in used
+        and schema.names.count(field.name) == 1
+        and (_is_text(field.type) or pa.types.is_integer(field.type))
+    ]
 
 
 def read_captions(catalog: Catalog, most: int) -> list[str]:

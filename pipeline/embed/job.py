@@ -9,19 +9,18 @@ Enters: IN, OUT, a checkpoint. Leaves: files of Parquet and _embedding.json. Mus
 """
 
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.data.layout import Catalog, Shard, read_catalog
+from pipeline.data.layout import Catalog, read_catalog
 from pipeline.data.prepare.gather import read_shards
 from pipeline.data.prepare.job import Listener, Runner, Silent, check_places, make_missing
 from pipeline.data.prepare.stats import add_counts
 from pipeline.data.prepare.store import PLAN, SHARDS, WORK, Store
-from pipeline.data.storage import explain, open_filesystem, retried
+from pipeline.data.storage import open_filesystem
 from pipeline.embed.encoder import Checkpoint
 from pipeline.embed.pieces import Piece, cut_pieces
 from pipeline.embed.work import Embed
@@ -29,7 +28,6 @@ from pipeline.errors import UserError
 
 FORMAT = 2  # raise it whenever the same rows and weights would give other files
 FACTS = "_embedding.json"  # the mark that all is there; readers of a folder pass over such names
-FILES_AT_ONCE = 16  # that are looked at
 SHOWN = 4  # of changed files, by name
 PIECE_ROWS = 2048  # a file holds at most so many rows, or one row group
 IN, OUT = "IN", "OUT"
@@ -122,25 +120,8 @@ def _make_record(checkpoint: Checkpoint, catalog: Catalog, piece_rows: int) -> d
         "weights": checkpoint.weights,
         "columns": [columns.image, columns.caption],
         "piece_rows": piece_rows,
-        "shards": _find_shards(catalog),
-    }
-
-
-def _find_shards(catalog: Catalog) -> dict[str, list[int]]:
-    """Of each file of IN its bytes and its date, by which another one in its place is known."""
-    filesystem, _ = open_filesystem(catalog.root)
-
-    def look(shard: Shard) -> pafs.FileInfo:
-        return retried(lambda: filesystem.get_file_info(shard.path), shard.path, filesystem)
-
-    try:
-        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-            found = list(pool.map(look, catalog.shards))
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{IN}: {catalog.root} cannot be read: {explain(error)}") from error
-    return {
-        shard.path: [shard.size, info.mtime_ns or 0]
-        for shard, info in zip(catalog.shards, found, strict=True)
+        # A file's bytes and date, by which another one in its place is known.
+        "shards": {shard.path: [shard.size, shard.modified] for shard in catalog.shards},
     }
 
 

@@ -4,7 +4,7 @@ Enters: metrics by name. Leaves: rows of a short table. Must not know: who shows
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 TASKS = {
     "vqa": "answers to questions",
@@ -20,8 +20,16 @@ def headline(metrics: Mapping[str, float]) -> list[tuple[str, float, float]]:
 
     A measure without its chance, as early runs logged a probe, is left out.
     """
-    rows = [
-        (label, metrics[f"{kind}/accuracy"], metrics[f"{kind}/chance"])
+    rows = in_words(metrics, (1,))
+    return [(label, value, chance) for label, value, chance in rows if chance is not None]
+
+
+def in_words(
+    metrics: Mapping[str, float], ks: Sequence[int]
+) -> list[tuple[str, float, float | None]]:
+    """Give (label, value, chance) rows of all accuracies, and of the recalls at `ks`."""
+    rows: list[tuple[str, float, float | None]] = [
+        (label, metrics[f"{kind}/accuracy"], metrics.get(f"{kind}/chance"))
         for kind, label in TASKS.items()
         if f"{kind}/accuracy" in metrics
     ]
@@ -31,12 +39,12 @@ def headline(metrics: Mapping[str, float]) -> list[tuple[str, float, float]]:
                 rest = name.removeprefix(f"{kind}/").removesuffix("/accuracy")
                 column, *shots = re.split(r"/(?=\d+_shots$)", rest)  # a column may hold a slash
                 of = ", ".join([column, *(part.replace("_", " ") for part in shots)])
-                if (chance := metrics.get(f"{kind}/{column}/chance")) is not None:
-                    rows.append((f"{label}, {of}", value, chance))
+                rows.append((f"{label}, {of}", value, metrics.get(f"{kind}/{column}/chance")))
     for kind, how in (("retrieval", ""), ("retrieval_reranked", ", re-ranked")):
         for way, label in (("text_to_image", "text to image"), ("image_to_text", "image to text")):
-            value = metrics.get(f"{kind}/{way}_recall_at_1")
-            if value is not None:
-                chance = metrics[f"{kind}/{way}_chance_at_1"]
-                rows.append((f"{label} R@1 of {metrics['rows']:,.0f}{how}", value, chance))
+            for k in ks:
+                value = metrics.get(f"{kind}/{way}_recall_at_{k}")
+                if value is not None:
+                    chance = metrics.get(f"{kind}/{way}_chance_at_{k}")
+                    rows.append((f"{label} R@{k} of {metrics['rows']:,.0f}{how}", value, chance))
     return rows

@@ -44,6 +44,22 @@ class Result:
         }
 
 
+def subjects(config: Config) -> list[str]:
+    """Say what `config` has measured, in words, in the order of `results`."""
+    val, evaluate = _name(config.data.val or ""), config.evaluate
+    if config.task is not None:
+        return [f"{config.task.kind} of {val}"]
+    found = []
+    if evaluate.retrieval:
+        anew = "" if evaluate.rerank is None else f", the best {evaluate.rerank} re-ranked"
+        found.append(f"retrieval of {val}{anew}")
+    found += [f"zero-shot of {task.column}" for task in evaluate.zero_shot]
+    for task in evaluate.linear_probe:
+        shots = "".join(f"{count} shots, " for count in sorted(task.shots))
+        found.append(f"probe of {task.column} ({shots}all rows)")
+    return found or ["how the modalities lie"]
+
+
 def results(config: Config, metrics: Mapping[str, float]) -> list[Result]:
     """Give the results of a suite, by the config it was measured under.
 
@@ -103,7 +119,7 @@ def _retrieval(task: str, dataset: str, found: Mapping[str, float]) -> Result:
         Line(
             f"{way.replace('_', ' ')} R@{k}",
             found[f"{way}_recall_at_{k}"],
-            chance=found[f"{way}_chance_at_1"] if k == 1 else None,
+            chance=found[f"{way}_chance_at_{k}"],
         )
         for way in WAYS
         for k in KS

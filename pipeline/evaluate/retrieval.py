@@ -1,5 +1,7 @@
 """Image-text retrieval: recall@k both ways, with several captions per image."""
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -26,17 +28,29 @@ def retrieval(
     text: Float[Tensor, "texts dim"],
     owners: Int[Tensor, " texts"],
 ) -> Iterator[tuple[str, float]]:
-    """Yield recall@1, 5, 10 as shares, text to image and image to text, and chance."""
-    yield from recalls(rank_by_contrast(image, text, owners))
+    """Yield recall@1, 5, 10 as shares, text to image and image to text, and chance of each."""
+    yield from recalls(rank_by_contrast(image, text, owners), owners)
 
 
-def recalls(ranks: Ranks) -> Iterator[tuple[str, float]]:
-    """Yield recall@1, 5, 10 as shares, text to image and image to text, and chance."""
+def recalls(ranks: Ranks, owners: Int[Tensor, " texts"]) -> Iterator[tuple[str, float]]:
+    """Yield recall@1, 5, 10 as shares, text to image and image to text, and chance of each."""
+    images = len(ranks.image)
     for k in KS:
         yield f"text_to_image_recall_at_{k}", (ranks.text < k).float().mean().item()
         yield f"image_to_text_recall_at_{k}", (ranks.image < k).float().mean().item()
-    yield "text_to_image_chance_at_1", 1 / len(ranks.image)
-    yield "image_to_text_chance_at_1", 1 / len(ranks.image)
+    for k in KS:
+        yield f"text_to_image_chance_at_{k}", min(1.0, k / images)
+        yield f"image_to_text_chance_at_{k}", _chance_of_images(owners, images, k)
+
+
+def _chance_of_images(owners: Int[Tensor, " texts"], images: int, k: int) -> float:
+    """How often k texts, drawn at random, hold one of an image's own; the mean over images."""
+    texts = len(owners)
+    k = min(k, texts)
+    counts = Counter(owners.bincount(minlength=images).tolist())
+    draws = images * math.comb(texts, k)
+    missed = sum(number * math.comb(texts - own, k) for own, number in counts.items())
+    return (draws - missed) / draws
 
 
 def rank_by_contrast(

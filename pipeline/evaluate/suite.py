@@ -323,11 +323,11 @@ def _retrieval(
     config: EvaluateConfig, match: Match, rows: Embedded, ranks: Ranks, device: torch.device
 ) -> Iterator[tuple[str, float]]:
     """Retrieval by contrast and, if asked for, with its best ordered anew."""
-    for name, value in recalls(ranks):
+    for name, value in recalls(ranks, rows.owners):
         yield f"retrieval/{name}", value
     if config.rerank is not None:
         ranks = rerank(match, rows, ranks, k=config.rerank, batch=config.batch, device=device)
-        for name, value in recalls(ranks):
+        for name, value in recalls(ranks, rows.owners):
             yield f"retrieval_reranked/{name}", value
 
 

@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.evaluate.headline import in_words
+from pipeline.evaluate.retrieval import KS
 from pipeline.export.trained import Trained
 
-MEASURES = ("/accuracy", "_at_1", "_at_5", "_at_10")  # how the names of those that are shown end
 LIBRARIES = {"transformers": "transformers", "openclip": "open_clip", "safetensors": "gammaray"}
 PICTURES = (
     "Pictures: training and its evaluation cut the centre square first and then shrink it, by the "
@@ -62,7 +63,8 @@ def write_card(
         f"# {record.name}",
         f"An image-text model of {kind}'s architecture, trained by Gammaray and exported from "
         f"checkpoint {trained.checkpoint} in the form `{form}`, weights in {dtype}.",
-        *(["## Use", f"```python\n{use}```"] if use else []),
+        "## Use",
+        f"```python\n{use}```",
         "## Model",
         _table(_model_facts(trained)),
         "## Training",
@@ -147,21 +149,24 @@ def _training_facts(trained: Trained) -> dict[str, Any]:
 
 
 def _measures(trained: Trained, measures: Mapping[str, float]) -> str:
-    shown = {name: value for name, value in measures.items() if name.endswith(MEASURES)}
-    if not shown:
-        return "None are known for this checkpoint."
-    rows = {
-        name.removeprefix("eval/"): f"{100 * value:.1f} %"
-        for name, value in sorted(shown.items(), key=_in_order)
-        if "chance" not in name
+    """By the names that the table at a run's end has."""
+    found = {
+        name.removeprefix("eval/"): value for name, value in sorted(measures.items(), key=_in_order)
     }
+    rows = {
+        label: f"{100 * value:.1f} %"
+        + ("" if chance is None else f", by chance {100 * chance:.2f} %")
+        for label, value, chance in in_words(found, KS)
+    }
+    if not rows:
+        return "None are known for this checkpoint."
     where = trained.config.data.val or "evaluation rows"
     samples = trained.meta["progress"]["samples"]
     return f"On {where}, the last by {samples:,} pairs:\n\n{_table(rows)}"
 
 
 def _in_order(measure: tuple[str, float]) -> list[str | int]:
-    """By name, numbers as such: R@5 before R@10."""
+    """By name, numbers as such: 5 shots before 20."""
     parts = re.split(r"([0-9]+)", measure[0])
     return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 

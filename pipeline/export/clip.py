@@ -35,7 +35,7 @@ image, text = found.image_embeds, found.text_embeds  # unit norm
 probabilities = found.logits_per_image.softmax(dim=1)
 """
 USE_OPEN_CLIP = """\
-import open_clip
+import open_clip  # pip install open_clip_torch
 import torch
 from PIL import Image, ImageOps
 

@@ -31,6 +31,13 @@ from pipeline.train.store import RunFolder, RunRecord
 
 Form = Literal["transformers", "openclip", "safetensors"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+USE = """\
+import yaml
+from safetensors.torch import load_file
+
+weights = load_file("model.safetensors")  # by name; the model's begin with "towers."
+config = yaml.safe_load(open("config.yaml"))  # the run's: config["model"] says layers and widths
+"""
 Save = Callable[[Trained, Path, torch.dtype], list[str]]  # gives what the card must say
 
 
@@ -110,7 +117,7 @@ def _writing(out: Path) -> Iterator[None]:
 def _way(form: Form, record: RunRecord) -> tuple[Save, str]:
     """How the form is written, and the Python that uses it. Raises `UserError`."""
     if form == "safetensors":
-        return _save_plain, ""
+        return _save_plain, USE
     kind = record.config["model"]["kind"]
     task = (record.config.get("task") or {}).get("kind")
     if task is not None:
@@ -136,8 +143,8 @@ def _save_plain(trained: Trained, folder: Path, dtype: torch.dtype) -> list[str]
     save_tokenizer(trained.record.tokenizer, trained.config.model.text.context_length, folder)
     save_pictures(trained.config, folder)
     return [
-        "model.safetensors holds every weight by its name in the run's module: the model's begin "
-        "with `towers.`. config.yaml is the run's, with which Gammaray builds the module."
+        "model.safetensors holds every weight by its name in the run's module. config.yaml is the "
+        "run's, with which Gammaray builds that module."
     ]
 
 

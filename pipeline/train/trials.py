@@ -39,6 +39,7 @@ KEPT = 3  # ASHA lets one of so many go on
 STOP_SECONDS = 600.0  # for a run that is stopped to save and close its books
 POLL_SECONDS = 1.0  # between two looks at the board
 ROOM_SECONDS = 10.0  # between two requests for more room
+LINE_SECONDS = 60.0  # between two lines on where a run is
 INTERRUPTED = "it was interrupted"
 # No trial takes CPUs from its workers; its driver is on the head, which no autoscaler takes away.
 HEAD = {"node:__internal_head__": 0.001}
@@ -126,9 +127,9 @@ def run_trials(
 
     def why_to_end() -> str | None:
         if heard:
-            return "Saving before the end; once more to stop without"
+            return "Stopping: runs that train save first; once more to stop without"
         if is_lost():
-            return "Another driver has taken this sweep over; saving before the end"
+            return "Another driver has taken this sweep over; runs that train save and end"
         return None
 
     def end() -> None:
@@ -323,6 +324,8 @@ class _Watcher(tune.Callback):
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Called when a trial has said something."""
+        if "progress" in result:
+            self._say(f"{_name_of(trial)}: {result['progress']}")
         if "warning" in result and not self._has_warned:
             self._has_warned = True
             self._say(f"{_name_of(trial)}: {result['warning']}")
@@ -338,7 +341,7 @@ class _Watcher(tune.Callback):
             self._stop(name)
             self._tell(f"{name} is stopped early, at {result.get('samples', 0):,} samples")
         elif result["failure"] == INTERRUPTED:
-            self._say(f"{name} goes on another time")
+            self._say(f"{name} is stopped; the same command goes on with it")
         elif result["failure"]:
             self._fail(name, result["failure"])
         else:
@@ -361,7 +364,7 @@ class _Watcher(tune.Callback):
 
 
 class _Run(tune.Trainable):
-    """A driver in an actor: `step` gives an evaluation, or the end. Runs beside Tune's calls."""
+    """A driver in an actor, beside Tune's calls: `step` gives an evaluation, a line, or the end."""
 
     def setup(self, config: dict[str, Any], **given: Any) -> None:
         """Begin, or go on with, the run that `config` names; `given` by `run_trials`."""
@@ -379,12 +382,15 @@ class _Run(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Wait for an evaluation, or for the end."""
+        """Wait for an evaluation, for the end, or until it is time to say where the run is."""
         while True:
             with contextlib.suppress(queue.Empty):
                 return self._heard.get(timeout=POLL_SECONDS)
             if self._board.wish() == Wish.STOP:
                 self._stop.set()
+            if time.monotonic() >= self._next_line:
+                self._next_line = time.monotonic() + LINE_SECONDS
+                return {"progress": self._doing}  # without a metric it does not count in the race
 
     def wait(self) -> None:
         """Answer, which an actor does when what was asked before is done."""
@@ -401,6 +407,9 @@ class _Run(tune.Trainable):
         self._stop = threading.Event()
         # Step and samples at which the workers began, samples of a step and of the whole run.
         self._place = (0, 0, 0, 0)
+        self._trained_since = 0.0
+        self._doing = "starting"
+        self._next_line = time.monotonic() + LINE_SECONDS
         self._thread: threading.Thread | None = None
         self._told: dict[str, Any] = {}
         try:
@@ -465,10 +474,17 @@ class _Run(tune.Trainable):
         match event["kind"]:
             case "phase" | "warning":
                 sys.stderr.write(f"{event['text']}\n")
+                self._doing = event["text"]
             case "started":
                 plan = event["plan"]
                 self._place = event["step"], event["samples"], plan.global_batch, plan.samples
+                self._trained_since = time.monotonic()
+                self._doing = f"training from step {event['step']:,}"
                 self._adopt()
+            case "step":
+                self._doing = self._where(event)
+            case "evaluating":
+                self._doing = "evaluating"
             case "evaluation" if self._metric is not None:
                 value = event["metrics"].get(self._metric.removeprefix("eval/"))
                 if value is None:
@@ -477,6 +493,18 @@ class _Run(tune.Trainable):
                     step, samples, batch, whole = self._place
                     samples += (event["step"] - step) * batch
                     self._tell(samples, value, is_last=samples + batch > whole)
+
+    def _where(self, event: driver.Event) -> str:
+        """The step of how many, how fast, and how long the rest takes at the pace so far."""
+        _, before, batch, whole = self._place
+        left = whole - event["samples"]
+        taken = time.monotonic() - self._trained_since
+        seconds = round(left * taken / max(1, event["samples"] - before))
+        return (
+            f"step {event['step']:,}/{event['step'] + left // batch:,}, "
+            f"{event['metrics']['train/samples_per_s']:,.0f} samples/s, "
+            f"ETA {seconds // 3600:d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        )
 
     def _lacking(self, metrics: Mapping[str, float]) -> str:
         names = [name for each in metrics if direction(name := f"eval/{each}") is not None]

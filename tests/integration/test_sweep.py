@@ -88,8 +88,10 @@ def test_twelve_runs_survive_a_kill_of_their_driver(tmp_path: Path) -> None:
     kept = {path.name for path in (runs / "mlartifacts" / facts["mlflow_run_id"]).rglob("*.*")}
     assert {"comparison.md", "comparison.json", "curves.png"} <= kept
 
-    again = run("compare", str(runs / "tiny"), "--out", str(tmp_path / "out"))
+    (files / "comparison.md").unlink()
+    again = run("compare", str(runs / "tiny"))
     assert "12 run(s) of 3 config(s), seeds apart:" in again
+    assert (files / "comparison.md").exists(), "where the sweep had written it"
 
 
 @pytest.mark.timeout(1200)
@@ -133,8 +135,8 @@ def test_an_interruption_saves_what_runs_and_a_second_one_does_not_wait(tmp_path
     driver.send_signal(signal.SIGINT)
     output, _ = driver.communicate(timeout=240)
     assert driver.returncode == 130, output
-    assert "Saving before the end; once more to stop without" in output
-    assert "tiny-seed_0 goes on another time" in output
+    assert "Stopping: runs that train save first; once more to stop without" in output
+    assert "tiny-seed_0 is stopped; the same command goes on with it" in output
     assert "tiny-seed_1" not in output, "no more begin"
     assert mlflow_runs(runs) == ["KILLED", "KILLED"], "the run and its parent"
     (saved,) = (runs / "tiny-seed_0").glob("step-*/manifest.json")
@@ -147,6 +149,6 @@ def test_an_interruption_saves_what_runs_and_a_second_one_does_not_wait(tmp_path
     driver.send_signal(signal.SIGINT)
     output, _ = driver.communicate(timeout=120)
     assert driver.returncode == 130, output
-    assert "goes on another time" not in output
+    assert "is stopped; the same command" not in output
     assert list((runs / "tiny-seed_0").glob("step-*/manifest.json")) == [saved]
     assert len(samples()) == len(set(samples())), "it went on where it had saved"

@@ -94,13 +94,41 @@ def test_every_event_is_shown_or_ignored_on_purpose() -> None:
     assert set(kinds) == set(Screen(Console(file=io.StringIO()))._handlers)
 
 
+def test_an_evaluation_is_told_in_training_alone(run: _Run) -> None:
+    """After `gammaray evaluate` a table has the same."""
+    metrics = {"zero_shot/shape/accuracy": 0.5, "rows": 60.0}
+    said = run.shows("evaluation", step=7, metrics=metrics)
+    assert said == "step 7: zero_shot/shape/accuracy 50.0%\n"
+    assert run.shows("evaluation", metrics=metrics) == ""
+
+
+class _Bar:
+    """A bar of rows whose lines can be read, and a clock that it is shown by."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._now, self._text = 100.0, io.StringIO()
+        monkeypatch.setattr("pipeline.cli.screen.time.monotonic", lambda: self._now)
+        self._bar = Bar(Console(file=self._text, width=200), "rows")
+
+    def after(self, seconds: float, done: int) -> str:
+        self._now += seconds
+        self._text.truncate(0)
+        self._text.seek(0)
+        self._bar.show("embedding", done, 2500)
+        return self._text.getvalue()
+
+
 def test_a_bar_says_how_fast_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was done before it began is not counted."""
-    now = [100.0]
-    monkeypatch.setattr("pipeline.cli.screen.time.monotonic", lambda: now[0])
-    text = io.StringIO()
-    with Bar(Console(file=text, width=200), "rows") as bar:
-        bar.show("embedding", 500, 2500)
-        now[0] += 20
-        bar.show("embedding", 1500, 2500)
-    assert text.getvalue() == "embedding 20%\nembedding 60%  50 rows/s  ETA 0:00:20\n"
+    """What was done before it began is not counted, nor on the way how long it took to start."""
+    bar = _Bar(monkeypatch)
+    assert bar.after(0, 500) == "embedding 20%\n"
+    assert bar.after(30, 700) == "embedding 28%\n", "of the first piece nothing follows"
+    assert bar.after(2, 900) == ""
+    assert bar.after(8, 1200) == "embedding 48%  50 rows/s  ETA 0:00:26\n"
+    assert bar.after(10, 2500) == "embedding 100%  40 rows/s\n", "2000 in 50 s"
+
+
+def test_a_bar_of_one_piece_says_how_fast_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    bar = _Bar(monkeypatch)
+    assert bar.after(0, 0) == "embedding 0%\n"
+    assert bar.after(25, 2500) == "embedding 100%  100 rows/s\n"

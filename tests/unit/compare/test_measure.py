@@ -10,6 +10,7 @@ from pipeline.compare.group import group_runs
 from pipeline.compare.measure import (
     Comparison,
     Spread,
+    chance_of,
     choose_metrics,
     compare,
     direction,
@@ -46,6 +47,43 @@ def _run(name: str, way: Course, *, loss: str = "a", **other: Any) -> tuple[Trac
 )
 def test_a_metrics_name_says_what_is_better(name: str, better: str | None) -> None:
     assert direction(name) == better
+
+
+@pytest.mark.parametrize(
+    ("name", "chance"),
+    [
+        (RECALL, "eval/retrieval/text_to_image_chance_at_1"),
+        ("eval/retrieval/image_to_text_recall_at_10", "eval/retrieval/image_to_text_chance_at_10"),
+        ("eval/zero_shot/a/b/accuracy", "eval/zero_shot/a/b/chance"),
+        ("eval/zero_shot/shape/mean_class_accuracy", "eval/zero_shot/shape/chance"),
+        ("eval/zero_shot/shape/top_5_accuracy", None),
+        ("eval/linear_probe/color/5_shots/accuracy", "eval/linear_probe/color/chance"),
+        ("eval/vqa/accuracy", "eval/vqa/chance"),
+        ("train/loss", None),
+    ],
+)
+def test_chance_is_logged_beside_its_metric(name: str, chance: str | None) -> None:
+    assert chance_of(name) == chance
+
+
+@pytest.mark.parametrize(
+    ("chances", "found"), [((0.002, 0.002), 0.002), ((0.002, 0.001), None), ((0.002, None), None)]
+)
+def test_chance_is_said_where_it_is_the_same_everywhere(
+    chances: tuple[float | None, ...], found: float | None
+) -> None:
+    way = course(1.0, 0.1)
+    runs = [
+        tracked(
+            f"run{seed}",
+            seed,
+            metrics={RECALL: 0.1}
+            | ({} if chance is None else {"eval/retrieval/text_to_image_chance_at_1": chance}),
+        )
+        for seed, chance in enumerate(chances)
+    ]
+    runs.append(tracked("killed", 9, status="KILLED"))
+    assert _compare(*((run, way) for run in runs)).chance.get(RECALL) == found
 
 
 def test_spread_is_the_sample_standard_deviation() -> None:

@@ -1,15 +1,19 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.compare.curves import Course
-from pipeline.compare.figures import _shown, draw_curves, draw_pareto
+from pipeline.compare.figures import _draw_chance, _shown, draw_curves, draw_pareto
 from pipeline.compare.group import group_runs
 from pipeline.compare.measure import Comparison, Spread, compare
-from pipeline.compare.write import config_table, say, say_time, write_files
+from pipeline.compare.write import config_table, headed, say, say_drawn, say_time, write_files
 from tests.unit.compare.runs import RECALL, course, tracked
+
+CHANCE = "eval/retrieval/text_to_image_chance_at_1"
 
 
 @pytest.fixture
@@ -25,7 +29,7 @@ def comparison() -> Comparison:
             name,
             int(name[1]),
             status="KILLED" if name == "b1" else "FINISHED",
-            metrics={RECALL: way.points[RECALL][-1][1]},
+            metrics={RECALL: way.points[RECALL][-1][1], CHANCE: 1 / 3},
             loss__kind=name[0],
             data__train="/a|b",
         )
@@ -54,7 +58,7 @@ def test_the_files_have_all_numbers_and_all_runs(comparison: Comparison, tmp_pat
         "| what differs | A | B |",
         "| loss.kind | a | b |",
         "| A: loss.kind=a | 2 | 4.0 ± 0.0 seconds | 4.0 ± 0.0 worker-seconds |",
-        f"**{RECALL}, %**",
+        f"**{RECALL}, % (chance 33.3 %)**",
         "| A (2) | 50.0 ± 14.1 | 50.0 ± 14.1 | 50.0 ± 14.1 | 25.0 ± 7.1 | yes |",
         "| B (1 of 2) | 25.0 | 25.0 | 25.0 | 25.0 | yes |",
         "| B | b1 | 1 | stopped, at 10 samples | 10 | 30.0 | id-of-b1 |",
@@ -68,7 +72,42 @@ def test_the_files_have_all_numbers_and_all_runs(comparison: Comparison, tmp_pat
     assert [run["metrics"][RECALL]["final"] for run in first["runs"]] == [0.4, 0.6]
     assert first["runs"][1]["metrics"][RECALL]["best"] == {"value": 0.6, "samples": 40}
     assert facts["metrics"][RECALL]["pareto_front"] == ["A", "B"]
+    assert facts["metrics"][RECALL]["chance"] == pytest.approx(1 / 3)
     assert facts["differs"] == {"loss.kind": ["a", "b"]}
+
+
+def test_a_chance_that_is_small_can_be_read(comparison: Comparison) -> None:
+    small = replace(comparison, chance={RECALL: 1 / 4096})
+    assert headed(small, RECALL) == f"{RECALL}, % (chance 0.0244 %)"
+    assert headed(small, "train/loss") == "train/loss"
+
+
+def test_of_more_metrics_than_pictures_show_that_is_said(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    names = [RECALL, *(f"eval/zero_shot/{n}/accuracy" for n in range(3))]
+    runs = [member.run for each in comparison.groups for member in each.members]
+    points = {**{name: [] for name in names}, **course(1.0, 0.1).points}
+    found = compare(group_runs(runs), names, {r.ref.run_id: Course(points=points) for r in runs})
+    said = "Pictures: the first 3 of 4 metrics; others with gammaray compare --metric NAME."
+    assert (say_drawn(found), say_drawn(comparison)) == (said, "")
+    write_files(found, ["curves.png"], tmp_path)
+    assert f"\n\n{said}\n\n![curves]" in (tmp_path / "comparison.md").read_text()
+    write_files(found, [], tmp_path)
+    assert said not in (tmp_path / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("chance", "lines", "top"),
+    [(None, 1, 0.4), (0.1, 1, 0.4), (0.3, 2, 0.4), (0.8, 2, 0.84)],
+)
+def test_chance_is_a_line_where_it_is_near(chance: float | None, lines: int, top: float) -> None:
+    axes = Figure().subplots()
+    axes.plot([0, 1], [0.2, 0.4])
+    axes.set_ylim(0.2, 0.4)
+    assert _draw_chance(axes, chance) == (lines == 2)
+    assert len(axes.lines) == lines
+    assert axes.get_ylim() == pytest.approx((0.2, top))
 
 
 def test_figures_are_drawn_where_there_is_something_to_draw(

@@ -14,7 +14,8 @@ from PIL import Image
 from pipeline.cli import main
 from pipeline.data import inspect as inspect_module
 from pipeline.data.inspect import inspect
-from pipeline.data.layout import mix, read_catalog
+from pipeline.data.layout import FEW_DIFFERENT, mix, read_catalog
+from pipeline.train import preflight
 
 
 def _picture(width: int, height: int, kind: str = "JPEG") -> bytes:
@@ -74,7 +75,9 @@ def test_few_rows_of_a_mixture_come_from_all_its_sources(folder: Path, tmp_path:
 def test_advice_names_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspect_module, "LARGE_GROUP", 10)
     pq.write_table(
-        pa.table({"jpg": [_picture(700, 900)] * 9 + [b""] * 30, "caption": ["a"] * 39}),
+        pa.table(
+            {"jpg": [_picture(700, 900)] * 9 + [b""] * 30, "caption": list(map(str, range(39)))}
+        ),
         folder / "0.parquet",
     )
     advice = inspect(read_catalog(str(folder / "0.parquet"), "PATH")).advice()
@@ -92,6 +95,33 @@ def test_captions_that_cleaning_would_change_are_counted(tmp_path: Path) -> None
     (sentence,) = found.advice()
     assert "3 of 6 sampled captions hold broken" in sentence
     assert "data.clean_captions=true" in sentence
+
+
+def test_labels_are_told(tmp_path: Path) -> None:
+    """Captions that are labels, and columns that look like some, also where shards differ."""
+    rows = 40
+    columns = {
+        "jpg": [_picture(8, 8)] * rows,
+        "caption": ["a cat", "a dog"] * (rows // 2),
+        "kind": ["cat", "dog"] * (rows // 2),
+        "breed": [row % 4 for row in range(rows)],
+        "key": [str(row) for row in range(rows)],
+        "size": [8] * rows,
+        "score": [0.5, 0.25] * (rows // 2),
+        "status": ["success", "failed"] * (rows // 2),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "0.parquet")
+    del columns["breed"]
+    pq.write_table(pa.table(columns), tmp_path / "1.parquet")
+    found = inspect(read_catalog(str(tmp_path), "PATH"))
+    assert found.labels == found.to_json()["labels"] == {"kind": 2, "breed": 4}
+    (sentence,) = found.advice()
+    assert "the captions are labels, 2 different of 80 sampled" in sentence
+    assert "evaluate.retrieval=false" in sentence
+
+
+def test_labels_are_told_alike_before_and_at_training() -> None:
+    assert preflight.FEW_CAPTIONS == FEW_DIFFERENT
 
 
 def test_the_command_prints_draws_and_writes(
@@ -113,7 +143,13 @@ def test_the_command_prints_draws_and_writes(
         main()
     assert not stop.value.code
     out = capfd.readouterr().out
-    for part in ("9 rows in 2 Parquet", "jpg: binary", "JPEG 4, PNG 3", ":1:0  corrupt_image"):
+    for part in (
+        "9 rows in 2 Parquet",
+        "Different captions: 8 of 8 (sampled)",
+        "jpg: binary",
+        "JPEG 4, PNG 3",
+        ":1:0  corrupt_image",
+    ):
         assert part in out
     with Image.open(sheet) as image:
         drawn = np.asarray(image.convert("RGB")).reshape(-1, 3)

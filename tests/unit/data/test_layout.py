@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -269,6 +270,16 @@ def test_row_groups_bytes_and_description(tmp_path: Path) -> None:
     assert catalog.shards[0].num_rows == 5
     assert len(catalog.shards[0].group_bytes) == 3
     assert "5 rows in 1 Parquet shard(s)" in catalog.describe()
+
+
+@pytest.mark.parametrize("given", ["", "a.parquet", "*.parquet"])
+def test_the_date_of_a_shard_is_known_and_not_of_the_digest(tmp_path: Path, given: str) -> None:
+    path = _pairs(tmp_path / "a.parquet")
+    os.utime(path, ns=(1, 1_700_000_000_123_456_789))
+    catalog = read_catalog(str(tmp_path / given), "data.train")
+    assert [shard.modified for shard in catalog.shards] == [1_700_000_000_123_456_789]
+    os.utime(path, ns=(1, 1))
+    assert read_catalog(str(tmp_path / given), "data.train").digest == catalog.digest
 
 
 def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:

@@ -96,9 +96,9 @@ def test_a_wrong_first_becomes_a_right_one() -> None:
     assert _anew(rows, _match_of(scores), 2).text.tolist() == [0, 0, 0]
     assert _anew(rows, _match_of(scores), 3).text.tolist() == [1, 1, 1]
     assert _anew(rows, _match_of(scores), 1).text.tolist() == [1, 0, 0]
-    found = dict(recalls(_anew(rows, _match_of(scores), 2)))
+    found = dict(recalls(_anew(rows, _match_of(scores), 2), rows.owners))
     assert found["text_to_image_recall_at_1"] == 1.0
-    assert found.keys() == dict(recalls(before)).keys()
+    assert found.keys() == dict(recalls(before, rows.owners)).keys()
 
 
 def test_ties_count_against_the_query_in_contrast_and_in_the_head() -> None:
@@ -244,7 +244,7 @@ def test_both_are_measured_and_the_headline_shows_both() -> None:
     match, ranks = _match_of(scores), rank_by_contrast(rows.image, rows.text, rows.owners)
     plain = dict(_retrieval(EvaluateConfig(), match, rows, ranks, CPU))
     metrics = {"rows": 12.0, **dict(_retrieval(EvaluateConfig(rerank=5), match, rows, ranks, CPU))}
-    anew = dict(recalls(_anew(rows, match, 5)))
+    anew = dict(recalls(_anew(rows, match, 5), rows.owners))
     assert metrics == {
         "rows": 12.0, **plain, **{f"retrieval_reranked/{name}": anew[name] for name in anew}
     }  # fmt: skip

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -23,6 +25,26 @@ def test_a_case_worked_by_hand() -> None:
     assert measured["image_to_text_recall_at_1"] == pytest.approx(1.0)
     assert measured["text_to_image_recall_at_5"] == 1.0
     assert measured["text_to_image_chance_at_1"] == pytest.approx(1 / 3)
+
+
+def test_chance_is_that_of_k_drawn_at_random() -> None:
+    """Four images with 1, 1, 2 and 3 captions; all draws of five captions are counted."""
+    owners = torch.tensor([0, 1, 2, 2, 3, 3, 3])
+    image, text = torch.eye(4), torch.eye(4)[owners]
+    measured = dict(retrieval(image, text, owners))
+    assert measured["text_to_image_chance_at_1"] == 1 / 4
+    assert measured["text_to_image_chance_at_5"] == measured["image_to_text_chance_at_10"] == 1
+    assert measured["image_to_text_chance_at_1"] == 1 / 4
+    draws = list(itertools.combinations(owners.tolist(), 5))
+    hits = sum(len(set(draw)) for draw in draws)
+    assert measured["image_to_text_chance_at_5"] == pytest.approx(hits / (4 * len(draws)))
+
+
+def test_with_a_caption_an_image_chance_is_k_of_all() -> None:
+    measured = dict(retrieval(torch.eye(40), torch.eye(40), torch.arange(40)))
+    for way in ("text_to_image", "image_to_text"):
+        for k in (1, 5, 10):
+            assert measured[f"{way}_chance_at_{k}"] == pytest.approx(k / 40, abs=1e-12)
 
 
 def test_ties_count_against_the_query() -> None:

@@ -174,7 +174,7 @@ def _open_clip_names(layers: int) -> set[str]:
 # ---- safetensors, tokenizer, card ----------------------------------------------------------------
 
 
-def test_safetensors_form_holds_everything(tmp_path: Path) -> None:
+def test_safetensors_form_holds_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(model=FUSION, task={"kind": "classification"})
     asked = Asked(answers=AnswerList(names=("no", "yes"), is_open=False))
     module = build_module(config, tiny_tokenizer(), asked)
@@ -186,6 +186,12 @@ def test_safetensors_form_holds_everything(tmp_path: Path) -> None:
     for name, value in module.state_dict().items():
         assert torch.equal(weights[name], value), name
     assert {"config.yaml", "tokenizer.json", "README.md"} <= {path.name for path in out.iterdir()}
+    use = (out / "README.md").read_text().split("```python")[1].split("```")[0]
+    monkeypatch.chdir(out)
+    given: dict[str, Any] = {}
+    exec(use, given)  # the card's own words
+    assert given["weights"].keys() == weights.keys()
+    assert given["config"]["model"]["kind"] == "fusion"
 
 
 def _fields(record: RunRecord) -> dict[str, Any]:
@@ -370,7 +376,11 @@ def test_the_card_tells_the_facts(tmp_path: Path) -> None:
     )
     log = MetricLog(ref, 60)
     for samples, value in ((16, 0.25), (32, 0.5), (48, 0.75)):
-        log.log(samples, {"eval/retrieval/text_to_image_recall_at_1": value, "train/loss": 1.0})
+        recalls = {f"eval/retrieval/text_to_image_recall_at_{k}": value for k in (1, 5)}
+        chance = {"eval/rows": 60.0, "eval/retrieval/text_to_image_chance_at_1": 1 / 60}
+        probe = {"eval/linear_probe/shape/5_shots/accuracy": value,
+                 "eval/linear_probe/shape/chance": 0.25}  # fmt: skip
+        log.log(samples, {**recalls, **chance, **probe, "train/loss": 1.0})
     log.close()
     found = {**_fields(record), "mlflow_uri": ref.uri, "mlflow_run_id": ref.run_id}
     record = RunRecord(**found)
@@ -378,13 +388,15 @@ def test_the_card_tells_the_facts(tmp_path: Path) -> None:
     assert done.lack is None
     card = (tmp_path / "out" / "README.md").read_text()
     for fact in (
-        "checkpoint step-00000004", "| retrieval/text_to_image_recall_at_1 | 50.0 % |",
+        "checkpoint step-00000004", "| text to image R@1 of 60 | 50.0 %, by chance 1.67 % |",
+        "| text to image R@5 of 60 | 50.0 % |", "| linear probe, shape, 5 shots | 50.0 %, by",
         "32 pairs in 4 steps, of 64 planned", "nowhere; 99 rows, digest 0123456789abcdef",
         "sigmoid_local", "library_name: transformers", "its bias is -10.0000"[4:],
         "The second projections", ref.run_id, "gammaray 0.1.0",
     ):  # fmt: skip
         assert fact in card, fact
     assert "train/loss" not in card
+    assert "chance |" not in card
 
 
 def test_a_tracker_that_is_gone_costs_only_the_measures(tmp_path: Path) -> None:
@@ -417,6 +429,7 @@ def test_the_command(
     assert "step-00000004 of" in capfd.readouterr().out
     found = json.loads(facts.read_text())
     assert found["dtype"] == "bf16"
+    assert "pip install open_clip_torch" in (out / "README.md").read_text()
     assert found["files"].keys() == {path.name for path in out.iterdir()}
     assert _command(monkeypatch, run.url, str(out)) == 2
     assert "is there already; give a new folder" in capfd.readouterr().out

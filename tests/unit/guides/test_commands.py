@@ -1,6 +1,7 @@
 """What README and guides name is there: commands and options, keys, configs, files, places."""
 
 import importlib.util
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -96,10 +97,17 @@ def test_overrides_of_commands_are_taken_by_the_config_named(
     monkeypatch.chdir(ROOT)
     for words, _ in _told(page.read_text()):
         configs = [word for word in words if re.fullmatch(r"configs/[\w/]+\.yaml", word)]
-        overrides = [word for word in words if re.match(r"[a-z_.]+=", word) and "RANGE" not in word]
+        given = [word for word in words if re.match(r"[a-z_.]+=", word) and "RANGE" not in word]
+        over = [word for before, word in itertools.pairwise(words) if before == "--over"]
+        overrides = [word for word in given if word not in over]
+        axes = [
+            (key, values.split(",")) for key, _, values in (word.partition("=") for word in over)
+        ]
+        varied = [[f"{key}={value}"] for key, values in axes for value in values]
         for config in configs:
-            load_config(config, overrides)
-        for override in overrides:
+            for more in varied or [[]]:
+                load_config(config, [*overrides, *more])
+        for override in given:
             assert override.partition("=")[0] in NODES, f"{page.name}: no key {override}"
 
 

@@ -329,6 +329,56 @@ def test_a_run_tells_of_its_evaluations_and_its_end(
     assert (run.run_id, given) == ("abc", {"mlflow.parentRunId": "the parent"})
 
 
+def test_a_run_says_again_and_again_where_it_is(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """160 of 800 samples in 80 s: the other 640 take 320 s more."""
+    seconds = [100.0]
+    is_seen, may_end = threading.Event(), threading.Event()
+
+    def train(config: Any, listen: Any, log_path: Path, **rest: Any) -> None:
+        plan = SimpleNamespace(global_batch=8, samples=8_000)
+        _begin(values, "tiny", is_finished=False)
+        listen({"kind": "started", "step": 900, "samples": 7_200, "plan": plan})
+        seconds[0] += 80
+        point = {"train/samples_per_s": 2345.6}
+        listen({"kind": "step", "step": 920, "samples": 7_360, "metrics": point})
+        is_seen.set()
+        assert may_end.wait(10)
+        listen({"kind": "evaluation", "step": 1000, "metrics": {RECALL.removeprefix("eval/"): 0.4}})
+
+    monkeypatch.setattr(driver, "train", train)
+    monkeypatch.setattr(tracker, "set_tags", lambda *_: None)
+    monkeypatch.setattr(trials, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(trials, "time", SimpleNamespace(
+        monotonic=lambda: seconds[0], strftime=lambda _: "now"))  # fmt: skip
+    actor = _actor(values, RECALL)
+    assert is_seen.wait(10)
+    line = {"progress": "step 920/1,000, 2,346 samples/s, ETA 0:05:20"}
+    assert actor.step() == line, "and no metric, which would count in the race"
+    threading.Timer(0.1, may_end.set).start()
+    assert "done" in actor.step(), "not before another minute is over"
+
+
+def test_a_run_whose_workers_still_start_says_so(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def train(config: Any, listen: Any, log_path: Path, **rest: Any) -> None:
+        listen({"kind": "phase", "text": "Starting 2 worker(s)"})
+        has_begun.set()
+        assert may_end.wait(10)
+
+    monkeypatch.setattr(driver, "train", train)
+    monkeypatch.setattr(trials, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(trials, "LINE_SECONDS", 0.0)
+    actor = _actor(values, None)
+    assert has_begun.wait(10)
+    assert actor.step() == {"progress": "Starting 2 worker(s)"}
+    may_end.set()
+
+
 def test_a_metric_that_does_not_come_is_told_of_with_those_that_do(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,6 +476,7 @@ def test_the_watcher_tells_stopped_from_finished_from_failed(values: dict[str, A
     watcher.on_trial_start(0, [], _trial("good"))
     for name in ("good", "slow"):
         watcher.on_trial_result(0, [], _trial(name), {"warning": "no such metric"})
+        watcher.on_trial_result(0, [], _trial(name), {"progress": "step 1/4"})
     watcher.on_trial_complete(0, [], _trial("old", samples=8, failure="no points"))
     watcher.on_trial_complete(0, [], _trial("good", failure=""))
     watcher.on_trial_complete(0, [], _trial("slow", samples=1024))
@@ -437,11 +488,13 @@ def test_the_watcher_tells_stopped_from_finished_from_failed(values: dict[str, A
     assert said == [
         "good begins",
         "good: no such metric",
+        "good: step 1/4",
+        "slow: step 1/4",
         "old takes no part in the race: no points",
         "good is finished (2 of 6)",
         "slow is stopped early, at 1,024 samples (3 of 6)",
         "bad failed: no disk (4 of 6)",
-        "late goes on another time",
+        "late is stopped; the same command goes on with it",
         "lost failed: its driver was lost (5 of 6)",
     ]
 
