@@ -22,6 +22,7 @@ from pipeline.data.augment import read_synonyms
 from pipeline.data.clean import clean_captions
 from pipeline.data.decode import Asked
 from pipeline.data.layout import (
+    FEW_DIFFERENT,
     Catalog,
     count_answers,
     mix,
@@ -41,7 +42,6 @@ LOG = logging.getLogger(__name__)
 LABELS = {"entailment": 3, "reasoning": 2}  # of these tasks
 TOKENIZER_CAPTIONS = 100_000  # captions a tokenizer is trained on, at most
 MOST_WARMUP = 1 / 3  # of the run: beyond, the rate is hardly ever at its peak
-FEW_CAPTIONS = 0.25  # of rows, different ones: fewer, and they are labels
 T = TypeVar("T")
 
 
@@ -325,7 +325,7 @@ def _read_asked(config: Config, catalog: Catalog) -> Asked:
 def _warn_of_labels(config: Config, val: Catalog) -> None:
     captions = read_captions(val, config.evaluate.max_rows)
     different = len(set(captions))
-    if different < FEW_CAPTIONS * len(captions):
+    if different < FEW_DIFFERENT * len(captions):
         LOG.warning(
             "data.val: %d captions of evaluation rows, %d different: these are labels, and recall "
             "says little, since another row with the same caption counts as a wrong answer; set "

@@ -230,6 +230,13 @@ class _Waiting(BasicVariantGenerator):
             self._withdraw()
         return trial
 
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Give room back that was asked for: a run that saves may need it, and is waited for."""
+        super().on_trial_complete(trial_id, result, error)
+        self._withdraw()
+
     def set_finished(self) -> None:
         """No more are to be given out."""
         super().set_finished()

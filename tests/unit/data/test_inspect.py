@@ -14,8 +14,7 @@ from PIL import Image
 from pipeline.cli import main
 from pipeline.data import inspect as inspect_module
 from pipeline.data.inspect import inspect
-from pipeline.data.layout import FEW_DIFFERENT, mix, read_catalog
-from pipeline.train import preflight
+from pipeline.data.layout import mix, read_catalog
 
 
 def _picture(width: int, height: int, kind: str = "JPEG") -> bytes:
@@ -118,10 +117,6 @@ def test_labels_are_told(tmp_path: Path) -> None:
     (sentence,) = found.advice()
     assert "the captions are labels, 2 different of 80 sampled" in sentence
     assert "evaluate.retrieval=false" in sentence
-
-
-def test_labels_are_told_alike_before_and_at_training() -> None:
-    assert preflight.FEW_CAPTIONS == FEW_DIFFERENT
 
 
 def test_the_command_prints_draws_and_writes(
