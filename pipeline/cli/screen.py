@@ -13,6 +13,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pipeline.config.plan import clock
+
 Event = Mapping[str, Any]  # as the driver gives them: of a `kind`, with what belongs to it
 SAVED = "Saved at step "  # how the line begins that `gammaray stop` looks for in a job's log
 
@@ -162,7 +164,7 @@ class Screen:
         begun, before = self._trained_from
         rate = (samples - before) / max(time.monotonic() - begun, 1e-9)
         left = round((self._plan.samples - samples) / max(rate, 1e-9))
-        return f"{left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d}"
+        return clock(left)
 
     def _on_checkpoint(self, event: Event) -> None:
         self._saved = f"  saved {int(event['name'].removeprefix('step-')):,}"
@@ -259,5 +261,4 @@ class Bar:
             return "", ""
         rate = (done - before) / max(time.monotonic() - began, 1e-9)
         left = round((total - done) / rate)
-        shown = f"{left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d}"
-        return f"  {rate:,.0f} {self._unit}/s", "" if is_over else f"  ETA {shown}"
+        return f"  {rate:,.0f} {self._unit}/s", "" if is_over else f"  ETA {clock(left)}"

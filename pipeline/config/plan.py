@@ -154,6 +154,11 @@ class Plan:
         )
 
 
+def clock(seconds: int) -> str:
+    """How long the rest of a plan takes, as h:mm:ss."""
+    return f"{seconds // 3600:d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
 def _batches(config: Config) -> tuple[int, int]:
     """Local and micro batch, in pairs."""
     local = config.train.global_batch // config.cluster.max_workers

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.clean import clean_caption
 from pipeline.data.image import BadImage, Pixels, decode, eval_geometry
-from pipeline.data.layout import FEW_DIFFERENT, Catalog, as_captions, label_columns
+from pipeline.data.layout import Catalog, are_labels, as_captions, label_columns
 from pipeline.data.rows import read_rows
 from pipeline.data.storage import open_filesystem, retried
 
@@ -63,7 +63,7 @@ class Inspection:
         return {
             name: len(counts)
             for name, counts in self.values.items()
-            if len(counts) > 1 and _few(counts)
+            if len(counts) > 1 and are_labels(len(counts), counts.total())
         }
 
     def quantiles(self) -> dict[str, list[float]]:
@@ -94,7 +94,7 @@ class Inspection:
                 f"{bad} of {self.rows_read} sampled rows are unusable: more than the default "
                 "data.max_bad_fraction 0.5 allows"
             )
-        if _few(self.captions):
+        if are_labels(len(self.captions), self.captions.total()):
             found.append(
                 f"the captions are labels, {len(self.captions):,} different of "
                 f"{self.captions.total():,} sampled: retrieval will say little, since another row "
@@ -141,10 +141,6 @@ class Inspection:
             "quantiles": self.quantiles(),
             "advice": self.advice(),
         }
-
-
-def _few(counts: Counter[str]) -> bool:
-    return len(counts) < FEW_DIFFERENT * counts.total()
 
 
 def inspect(catalog: Catalog, *, rows: int = SAMPLE, groups: int = SAMPLED_GROUPS) -> Inspection:

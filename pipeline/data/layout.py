@@ -510,6 +510,11 @@ def _holds_label(kind: pa.DataType) -> bool:
     return not pa.types.is_nested(kind) and not pa.types.is_binary(kind)
 
 
+def are_labels(different: int, total: int) -> bool:
+    """Whether so few of the captions, or values of a column, differ that they are labels."""
+    return different < FEW_DIFFERENT * total
+
+
 def label_columns(schema: pa.Schema, columns: Columns) -> list[str]:
     """The columns of text or whole numbers that may hold labels: all but those with another use."""
     used = {columns.image, columns.caption, columns.answer, SPLIT_NAME, STATUS_NAME}

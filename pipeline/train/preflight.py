@@ -22,8 +22,8 @@ from pipeline.data.augment import read_synonyms
 from pipeline.data.clean import clean_captions
 from pipeline.data.decode import Asked
 from pipeline.data.layout import (
-    FEW_DIFFERENT,
     Catalog,
+    are_labels,
     count_answers,
     mix,
     read_captions,
@@ -325,7 +325,7 @@ def _read_asked(config: Config, catalog: Catalog) -> Asked:
 def _warn_of_labels(config: Config, val: Catalog) -> None:
     captions = read_captions(val, config.evaluate.max_rows)
     different = len(set(captions))
-    if different < FEW_DIFFERENT * len(captions):
+    if are_labels(different, len(captions)):
         LOG.warning(
             "data.val: %d captions of evaluation rows, %d different: these are labels, and recall "
             "says little, since another row with the same caption counts as a wrong answer; set "

@@ -26,6 +26,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from pipeline.compare.measure import direction
+from pipeline.config.plan import clock
 from pipeline.config.schema import ClusterConfig, Config
 from pipeline.data.storage import open_filesystem
 from pipeline.errors import UserError
@@ -510,7 +511,7 @@ class _Run(tune.Trainable):
         return (
             f"step {event['step']:,}/{event['step'] + left // batch:,}, "
             f"{event['metrics']['train/samples_per_s']:,.0f} samples/s, "
-            f"ETA {seconds // 3600:d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+            f"ETA {clock(seconds)}"
         )
 
     def _lacking(self, metrics: Mapping[str, float]) -> str:
