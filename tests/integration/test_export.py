@@ -26,8 +26,8 @@ def test_train_export_and_start_from_it(tmp_path: Path) -> None:
     assert out.startswith("Wrote "), "nothing of what DeepSpeed or transformers print"
     assert "model.safetensors" in json.loads(facts.read_text())["files"]
     card = (given / "README.md").read_text()
-    assert "| retrieval/text_to_image_recall_at_1 |" in card
-    assert "| zero_shot/shape/accuracy |" in card
+    assert "| text to image R@1 of " in card
+    assert "| zero-shot accuracy, shape |" in card
     said = run(
         "train", str(config), "name=second", f"model.init={given}", "train.epochs=1",
         "model.image.size=64", "engine.precision=fp32", "optim.lr=1e-12", "cluster.workers=1",
