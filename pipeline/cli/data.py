@@ -33,7 +33,8 @@ def demo(
         typer.Option(
             metavar="TASK",
             help="Instead of captions: vqa (questions and answers), statements (true or false), "
-            "pairs (statements about two pictures) or entailment.",
+            "pairs (statements about two pictures), entailment, or boxes (statements about boxes "
+            "of shapes, like NLVR's).",
         ),
     ] = None,
 ) -> None:

@@ -1,4 +1,6 @@
-"""Downstream tasks from the scenes' graphs: questions, statements, pairs of pictures, entailment.
+"""Downstream tasks from scenes' graphs: questions, statements of one and two pictures, entailment.
+
+Also statements about boxes, whose pictures are others (see `pipeline.data.boxes`).
 
 Enters: split, row and seed. Leaves: the tasks' rows, by `TASKS`, each a function of those three
 alone; also questions one by one. Every text is drawn before its label or answer, which is drawn
@@ -14,6 +16,7 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
+from pipeline.data.boxes import box_statement, boxes_json, draw_boxes, encode_png
 from pipeline.data.demo import (
     COLORS,
     SHAPES,
@@ -196,6 +199,13 @@ def _make_hypothesis(split: str, row: int, seed: int) -> Row:
     return _end(split, row, columns, scene_json(scene))
 
 
+def _make_boxes(split: str, row: int, seed: int) -> Row:
+    rng, _, label = _begin(_FIRST_STREAM + 4, TRUTH, split, row, seed)
+    text, boxes = box_statement(rng, label)
+    columns = {"image": encode_png(draw_boxes(boxes)), "statement": text, "label": label}
+    return _end(split, row, columns, boxes_json(boxes))
+
+
 def _schema(**columns: pa.DataType) -> pa.Schema:
     """Key, the task's own columns, the scene's graph (of a pair: a list of two), and split."""
     ends = {"scene": pa.string(), "split": pa.string()}
@@ -224,6 +234,11 @@ _TASKS = (
         name="entailment",
         schema=_schema(image=pa.binary(), hypothesis=_TEXT, label=_TEXT),
         make=_make_hypothesis,
+    ),
+    Task(
+        name="boxes",
+        schema=_schema(image=pa.binary(), statement=_TEXT, label=_TEXT),
+        make=_make_boxes,
     ),
 )
 TASKS = {task.name: task for task in _TASKS}
