@@ -36,6 +36,9 @@ _APART = 1  # pixels between the blocks of a tower, and between items that touch
 _SNAPPED, _BESIDE = 0.35, 0.25  # shares of items at a wall, and at another item
 _TRIES = 40
 _TOWERS_SHARE = 0.6
+_THINGS = ("item", "item", "object")
+_BLOCKS = ("block",)
+_ENDS = {"base": 0, "bottom": 0, "top": -1}  # of blocks from the base up
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,6 +178,22 @@ def _varied(rng: np.random.Generator, text: str) -> str:
     return text + "." if rng.random() < 0.6 else text
 
 
+def _some(noun: str, is_one: bool) -> str:
+    return noun if is_one else f"{noun}s"
+
+
+def _an(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def _all(count: int) -> bool:
+    return count == 3
+
+
+def _count(boxes: Boxes, fits: Fits) -> int:
+    return sum(fits(item) for box in boxes for item in box)
+
+
 def _number(rng: np.random.Generator, low: int, high: int) -> tuple[str, Test, bool]:
     """A wording of a number, what fits it, and whether a noun behind it is singular."""
     number = int(rng.integers(low, high, endpoint=True))
@@ -201,8 +220,7 @@ def _there(
     choice = rng.random()
     if choice < 0.4:
         text = noun(True)
-        article = "an" if text[0] in "aeiou" else "a"
-        return pick(rng, (f"there is {article} {text}", f"there is at least one {text}")), bool
+        return pick(rng, (f"there is {_an(text)}", f"there is at least one {text}")), bool
     if choice < 0.5:
         return f"there is no {noun(True)}", lambda count: count == 0
     words, test, is_one = _number(rng, 1, high)
@@ -218,14 +236,9 @@ def _draw_look(
     kind = shape or pick(rng, nouns)
 
     def noun(is_one: bool) -> str:
-        return f"{color} {kind}".strip() + ("" if is_one else "s")
+        return _some(f"{color} {kind}".strip(), is_one)
 
     return noun, lambda item: color in {"", item.color} and shape in {"", item.shape}
-
-
-_THINGS = ("item", "item", "object")
-_BLOCKS = ("block",)
-_ENDS = {"base": 0, "bottom": 0, "top": -1}
 
 
 def _end(rng: np.random.Generator) -> tuple[str, int]:
@@ -240,7 +253,7 @@ def _block_at_end(rng: np.random.Generator) -> tuple[str, Holds]:
         words, test = _there(
             rng,
             lambda is_one: (
-                f"tower{'' if is_one else 's'} with a {color} block "
+                f"{_some('tower', is_one)} with a {color} block "
                 f"{pick(rng, ('at', 'as', 'on'))} the {word}"
             ),
         )
@@ -248,16 +261,16 @@ def _block_at_end(rng: np.random.Generator) -> tuple[str, Holds]:
         words, test = _there(
             rng,
             lambda is_one: (
-                f"tower{'' if is_one else 's'} {pick(rng, ('with', 'has'))} a {color} {word}"
+                f"{_some('tower', is_one)} {pick(rng, ('with', 'has'))} a {color} {word}"
             ),
         )
     elif form == 2:
         words, test = _there(
-            rng, lambda is_one: f"{color} block{'' if is_one else 's'} as the {word} of a tower"
+            rng, lambda is_one: f"{color} {_some('block', is_one)} as the {word} of a tower"
         )
     elif form == 3:
         words, test = _there(
-            rng, lambda is_one: f"tower{'' if is_one else 's'} that the {word} is {color}"
+            rng, lambda is_one: f"{_some('tower', is_one)} that the {word} is {color}"
         )
     else:
         count, test, is_one = _number(rng, 1, 3)
@@ -272,7 +285,7 @@ def _tower_of(rng: np.random.Generator) -> tuple[str, Holds]:
     said = pick(rng, ("", "", f"with a {color} block at the {end}", f"and the {end} is {color}"))
     block = "block" if words.endswith("one") else "blocks"
     text, test = _there(
-        rng, lambda is_one: f"tower{'' if is_one else 's'} with {words} {block} {said}".strip(), 2
+        rng, lambda is_one: f"{_some('tower', is_one)} with {words} {block} {said}".strip(), 2
     )
     return text, lambda boxes: test(
         sum(high(len(box)) and (not said or box[at].color == color) for box in boxes)
@@ -305,7 +318,7 @@ def _end_of(rng: np.random.Generator) -> tuple[str, Holds]:
     text, test = _there(
         rng,
         lambda is_one: (
-            f"{color} block{'' if is_one else 's'} as the {end} of a tower with {words} {block}"
+            f"{color} {_some('block', is_one)} as the {end} of a tower with {words} {block}"
         ),
         2,
     )
@@ -328,17 +341,17 @@ def _above(rng: np.random.Generator) -> tuple[str, Holds]:
 def _blocks(rng: np.random.Generator) -> tuple[str, Holds]:
     noun, fits = _draw_look(rng, _BLOCKS)
     text, test = _there(rng, noun, 5)
-    return text, lambda boxes: test(sum(fits(item) for box in boxes for item in box))
+    return text, lambda boxes: test(_count(boxes, fits))
 
 
 def _tower_has(rng: np.random.Generator) -> tuple[str, Holds]:
     """A number of blocks of a color in one tower, or in so many."""
     color, (count, of_blocks, is_one) = pick(rng, COLORS), _number(rng, 1, 3)
-    block = f"{color} block{'' if is_one else 's'}"
+    block = f"{color} {_some('block', is_one)}"
     block += pick(rng, ("", "", " stacked together"))
     form = pick(rng, range(4))
     if form < 2:
-        text, test = _there(rng, lambda one: f"tower{'' if one else 's'} with {count} {block}")
+        text, test = _there(rng, lambda one: f"{_some('tower', one)} with {count} {block}")
     elif form == 2:
         text, test = f"one of the towers has {count} {block}", bool
     else:
@@ -351,18 +364,14 @@ def _tower_has(rng: np.random.Generator) -> tuple[str, Holds]:
     )
 
 
-def _all(count: int) -> bool:
-    return count == 3
-
-
 def _colors_of_tower(rng: np.random.Generator) -> tuple[str, Holds]:
     if rng.random() < 0.5:
         color = pick(rng, COLORS)
         text, test = _there(
             rng,
             lambda one: pick(rng, (
-                f"{color} tower{'' if one else 's'}",
-                f"tower{'' if one else 's'} with only {color} blocks",
+                f"{color} {_some('tower', one)}",
+                f"{_some('tower', one)} with only {color} blocks",
             )),
         )  # fmt: skip
         return text, lambda boxes: test(
@@ -374,7 +383,7 @@ def _colors_of_tower(rng: np.random.Generator) -> tuple[str, Holds]:
         if number == 3
         else f"{pick(rng, ('exactly', 'only'))} {NUMBERS[number]} color{'s' if number == 2 else ''}"
     )
-    text, test = _there(rng, lambda one: f"tower{'' if one else 's'} with {colors}", 2)
+    text, test = _there(rng, lambda one: f"{_some('tower', one)} with {colors}", 2)
     return text, lambda boxes: test(
         sum(len({item.color for item in box}) == number for box in boxes)
     )
@@ -409,14 +418,10 @@ def _items(rng: np.random.Generator) -> tuple[str, Holds]:
     )
 
 
-def _count(boxes: Boxes, fits: Fits) -> int:
-    return sum(fits(item) for box in boxes for item in box)
-
-
 def _box_colors(rng: np.random.Generator) -> tuple[str, Holds]:
     """A box of so many items and colors."""
     words, high, is_one = _number(rng, 2, 5)
-    thing = f"{pick(rng, _THINGS)}{'' if is_one else 's'}"
+    thing = _some(pick(rng, _THINGS), is_one)
     one, other = (COLORS[at] for at in rng.permutation(len(COLORS))[:2])
     number, few = pick(rng, (1, 2, 3)), pick(rng, (1, 2, 3))
     colors = "the same color" if number == 1 else f"{NUMBERS[number]} different colors"
@@ -453,19 +458,21 @@ def _box_with(rng: np.random.Generator) -> tuple[str, Holds]:
     for _ in range(pick(rng, (1, 1, 2))):
         noun, fits = _draw_look(rng, _THINGS)
         if rng.random() < 0.3:
-            name = noun(True)
-            parts.append((f"{'an' if name[0] in 'aeiou' else 'a'} {name}", bool, fits))
+            parts.append((_an(noun(True)), bool, fits))
             continue
         words, test, is_one = _number(rng, 1, 5 if not parts and rng.random() < 0.5 else 3)
         parts.append((f"{words} {noun(is_one)}", test, fits))
     said = " and ".join(text for text, _, _ in parts)
-    box = pick(rng, ("box", "box", "grey box", "grey square"))
+    box, several = pick(rng, (
+        ("box", "boxes"), ("box", "boxes"), ("grey box", "grey boxes"),
+        ("grey square", "grey squares"),
+    ))  # fmt: skip
     text, test = pick(rng, (
         (f"there is a {box} with {said}", bool),
         (f"there is a {box} with {said}", bool),
-        (f"one of the {box}es contains {said}".replace("squarees", "squares"), bool),
+        (f"one of the {several} contains {said}", bool),
         (f"there is exactly one {box} with {said}", lambda count: count == 1),
-        (f"there are two {box}es with {said}".replace("squarees", "squares"), lambda n: n >= 2),
+        (f"there are two {several} with {said}", lambda count: count >= 2),
         (f"each {box} has {said}", _all),
     ))  # fmt: skip
     return text, lambda boxes: test(
@@ -532,7 +539,7 @@ def _touching(rng: np.random.Generator) -> tuple[str, Holds]:
     """Two items that touch each other."""
     first, is_first = _draw_look(rng, _THINGS)
     second, is_second = _draw_look(rng, _THINGS)
-    a, b = (f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in (first(True), second(True)))
+    a, b = _an(first(True)), _an(second(True))
     text = pick(rng, (
         f"there is a box with {a} {pick(rng, ('closely ', ''))}touching {b}",
         f"there is {a} touching {b}",
