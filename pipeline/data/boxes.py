@@ -22,12 +22,12 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pipeline.data.staging import NUMBERS, pick
+from pipeline.data.staging import NUMBERS, an, pick
 
 SHAPES = ("circle", "square", "triangle")
 RGB = {"black": (0, 0, 0), "blue": (0, 153, 255), "yellow": (255, 255, 0)}
 COLORS = tuple(RGB)
-SIZES = {10: "small", 20: "medium", 30: "large"}
+SIZES = (10, 20, 30)
 BOX, GAP = 100, 50
 
 _GROUND, _BETWEEN = (211, 211, 211), (128, 128, 128)
@@ -36,6 +36,7 @@ _APART = 1  # pixels between the blocks of a tower, and between items that touch
 _SNAPPED, _BESIDE = 0.35, 0.25  # shares of items at a wall, and at another item
 _TRIES = 40
 _TOWERS_SHARE = 0.6
+_DIGITS = {word: str(number) for number, word in enumerate(NUMBERS) if number}
 _THINGS = ("item", "item", "object")
 _BLOCKS = ("block",)
 _ENDS = {"base": 0, "bottom": 0, "top": -1}  # of blocks from the base up
@@ -150,7 +151,7 @@ def _loose(rng: np.random.Generator) -> Box:
     items: list[Item] = []
     count = int(rng.integers(1, _MOST_ITEMS, endpoint=True))
     while len(items) < count:
-        size = pick(rng, tuple(SIZES))
+        size = pick(rng, SIZES)
         x, y = (int(at) for at in rng.integers(3, BOX - size - 2, size=2))
         if items and rng.random() < _BESIDE:
             near = pick(rng, items)
@@ -172,18 +173,13 @@ def _loose(rng: np.random.Generator) -> Box:
 def _varied(rng: np.random.Generator, text: str) -> str:
     """With digits instead of words, or a capital and a full stop, as people write."""
     if rng.random() < 0.3:
-        digits = {word: str(number) for number, word in enumerate(NUMBERS) if number}
-        text = " ".join(digits.get(word, word) for word in text.split())
+        text = " ".join(_DIGITS.get(word, word) for word in text.split())
     text = text[0].upper() + text[1:] if rng.random() < 0.7 else text
     return text + "." if rng.random() < 0.6 else text
 
 
 def _some(noun: str, is_one: bool) -> str:
     return noun if is_one else f"{noun}s"
-
-
-def _an(name: str) -> str:
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _all(count: int) -> bool:
@@ -220,7 +216,7 @@ def _there(
     choice = rng.random()
     if choice < 0.4:
         text = noun(True)
-        return pick(rng, (f"there is {_an(text)}", f"there is at least one {text}")), bool
+        return pick(rng, (f"there is {an(text)}", f"there is at least one {text}")), bool
     if choice < 0.5:
         return f"there is no {noun(True)}", lambda count: count == 0
     words, test, is_one = _number(rng, 1, high)
@@ -381,7 +377,7 @@ def _colors_of_tower(rng: np.random.Generator) -> tuple[str, Holds]:
     colors = (
         "blocks of all three colors"
         if number == 3
-        else f"{pick(rng, ('exactly', 'only'))} {NUMBERS[number]} color{'s' if number == 2 else ''}"
+        else f"{pick(rng, ('exactly', 'only'))} {NUMBERS[number]} {_some('color', number == 1)}"
     )
     text, test = _there(rng, lambda one: f"{_some('tower', one)} with {colors}", 2)
     return text, lambda boxes: test(
@@ -458,7 +454,7 @@ def _box_with(rng: np.random.Generator) -> tuple[str, Holds]:
     for _ in range(pick(rng, (1, 1, 2))):
         noun, fits = _draw_look(rng, _THINGS)
         if rng.random() < 0.3:
-            parts.append((_an(noun(True)), bool, fits))
+            parts.append((an(noun(True)), bool, fits))
             continue
         words, test, is_one = _number(rng, 1, 5 if not parts and rng.random() < 0.5 else 3)
         parts.append((f"{words} {noun(is_one)}", test, fits))
@@ -484,14 +480,12 @@ def _box_of(rng: np.random.Generator) -> tuple[str, Holds]:
     """Of one look alone."""
     noun, fits = _draw_look(rng, _THINGS)
     box = pick(rng, ("box", "grey box"))
-    text, test = pick(rng, (
-        (f"there is a {box} with only {noun(False)}", bool),
-        (f"one of the {box}es has only {noun(False)}", bool),
-        (f"there is a {box} with no {noun(False)}", None),
+    text, is_of_it = pick(rng, (
+        (f"there is a {box} with only {noun(False)}", True),
+        (f"one of the {box}es has only {noun(False)}", True),
+        (f"there is a {box} with no {noun(False)}", False),
     ))  # fmt: skip
-    if test is None:
-        return text, lambda boxes: any(not any(fits(item) for item in box) for box in boxes)
-    return text, lambda boxes: any(all(fits(item) for item in box) for box in boxes)
+    return text, lambda boxes: any(all(fits(item) == is_of_it for item in box) for box in boxes)
 
 
 _WALLS: dict[str, Callable[[frozenset[str]], bool]] = {
@@ -532,14 +526,14 @@ def _at_wall(rng: np.random.Generator) -> tuple[str, Holds]:
             is_meant(item) for box in boxes for item in box if fits(item)
         )
     text, test = _there(rng, lambda is_one: f"{noun(is_one)} {verb} {where}", 4)
-    return text, lambda boxes: test(sum(is_meant(item) for box in boxes for item in box))
+    return text, lambda boxes: test(_count(boxes, is_meant))
 
 
 def _touching(rng: np.random.Generator) -> tuple[str, Holds]:
     """Two items that touch each other."""
     first, is_first = _draw_look(rng, _THINGS)
     second, is_second = _draw_look(rng, _THINGS)
-    a, b = _an(first(True)), _an(second(True))
+    a, b = an(first(True)), an(second(True))
     text = pick(rng, (
         f"there is a box with {a} {pick(rng, ('closely ', ''))}touching {b}",
         f"there is {a} touching {b}",

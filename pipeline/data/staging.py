@@ -136,8 +136,8 @@ def stage(rng: np.random.Generator, held_out: bool, order: Order) -> Scene:
     return compose(rng, [(thing.color, thing.shape, thing.size) for thing in things], layout)
 
 
-def an(look: Look) -> str:
-    """The look as a noun with its article: "an orange star"."""
+def an(look: Look | str) -> str:
+    """The look, or what is said of it, as a noun with its article: "an orange star"."""
     words = str(look)
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 

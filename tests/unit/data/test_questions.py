@@ -485,7 +485,10 @@ def test_the_command_writes_a_task(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--task", "vqr"], "--task is vqr; there is vqa, statements, pairs, entailment, boxes: "),
+        (
+            ["--task", "vqr"],
+            "--task is vqr; there is vqa, statements, pairs, entailment, boxes: choose",
+        ),
         (["--task", "vqa", "--private"], "task is vqa and private is set"),
     ],
 )
