@@ -50,6 +50,7 @@ def tiny_facts(rows: int = 99, embed_dim: int = 16) -> Facts:
 
 
 FUSION: dict[str, Any] = {"kind": "fusion", "fusion": {"layers": 2, "dropout": 0.0}}  # a model
+CONV: dict[str, Any] = {**tiny_values()["model"]["image"], "stem": "conv"}  # its image tower
 
 
 def tiny_tokenizer() -> Tokenizer:

@@ -257,6 +257,12 @@ def _model_contradictions(config: Config) -> list[Problem]:
             f"is {config.evaluate.rerank}, and the model is two_tower, which has no matching head: "
             "leave it out, or set model.kind=fusion",
         )
+        check(
+            model.image.stem == "conv",
+            "model.image.stem",
+            "is conv, and the model is two_tower, whose ViT reads patches: leave it out, or set "
+            "model.kind=fusion",
+        )
         return problems + [
             Problem(
                 place=f"model.{tower}.pretrained",

@@ -186,6 +186,12 @@ class ImageTower(Section):
     )
     size: PositiveInt = Field(default=224, description="Input side in pixels.")
     patch: PositiveInt = Field(default=32, description="Patch side in pixels; must divide size.")
+    stem: Literal["patch", "conv"] = Field(
+        default="patch",
+        description="What reads the pixels. patch: a linear map of each patch, as ViT's. conv, of "
+        "a fusion model: convolutions that halve the image until a pixel is a patch, so `patch` is "
+        "a power of 2; they learn from fewer samples.",
+    )
     width: PositiveInt = Field(default=768, description="Width of a layer; a multiple of heads.")
     layers: PositiveInt = Field(default=12, description="Layers of the transformer.")
     heads: PositiveInt = Field(default=12, description="Attention heads of a layer.")
@@ -194,6 +200,12 @@ class ImageTower(Section):
     def _check(self) -> Self:
         if self.size % self.patch:
             raise ValueError(f"patch is {self.patch}; it must divide size {self.size}")
+        if self.stem == "conv" and (self.patch < 2 or self.patch & (self.patch - 1)):
+            raise ValueError(f"patch is {self.patch}; with stem conv it is 2, 4, 8, 16, 32, ...")
+        if self.stem == "conv" and self.pretrained is not None:
+            raise ValueError(
+                f"stem is conv; a pretrained ViT ({self.pretrained}) reads patches: leave out one"
+            )
         _check_heads(self.width, self.heads)
         return self
 

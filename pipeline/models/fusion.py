@@ -10,6 +10,7 @@ masked words what they are; fused states. Must not know: the losses, the data, D
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ NO_LABEL = -100  # torch's cross-entropy leaves such rows out
 OF_VIT = ("hidden_act", "layer_norm_eps", "qkv_bias")
 OF_BERT = ("vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_act",
            "layer_norm_eps")  # fmt: skip
+STEM_GAIN = 6.0  # of the variance of normalised GELUs, 0.4, makes features of std 1.5
 BERT_WIDTH, BERT_STD = 768, 0.02  # the width for which BERT and ViT draw weights with this std
 
 
@@ -214,6 +216,41 @@ class Fusion(nn.Module):
         return (states @ words.T + self.masked_bias).float()
 
 
+class ConvStem(nn.Module):
+    """Pixels -> patches by overlapping convolutions of stride 2, in place of a ViT's projection.
+
+    "Early convolutions help transformers see better" (Xiao et al., NeurIPS 2021), with group norm,
+    since a worker's batch is small. A shape looks alike wherever it lies, which a linear map of
+    patches learns place by place.
+    """
+
+    def __init__(self, patch: int, width: int):
+        """`patch` is a power of 2; the last of the convolutions has `width` channels."""
+        super().__init__()
+        halvings = patch.bit_length() - 1
+        channels = [3, *(max(16, width >> (halvings - i)) for i in range(1, halvings + 1))]
+        layers: list[nn.Module] = []
+        for below, above in pairwise(channels):
+            conv = nn.Conv2d(below, above, 3, stride=2, padding=1, bias=False)
+            nn.init.kaiming_normal_(conv.weight)
+            layers += [conv, nn.GroupNorm(1, above), nn.GELU()]
+        self.layers = nn.Sequential(*layers)
+        self.projection = nn.Conv2d(channels[-1], width, 1, bias=False)
+        # As strong as the position embeddings: with a weak start colors are learned late.
+        nn.init.normal_(self.projection.weight, std=(STEM_GAIN / channels[-1]) ** 0.5)
+
+    @property
+    def weight(self) -> Tensor:
+        """A weight of the type that pixels are to have."""
+        return self.projection.weight
+
+    def forward(
+        self, pixels: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch width rows columns"]:
+        """Features of each patch."""
+        return self.projection(self.layers(pixels))
+
+
 class MatchHead(nn.Linear):
     """Reckons in fp32 whatever its weights are in: bf16 has so few values that pairs would tie."""
 
@@ -284,6 +321,9 @@ def _vision(config: ModelConfig, like: Mapping[str, Any] | None) -> ViTModel:
         sizes |= {name: like["vision_config"][name] for name in OF_VIT}
     if image.pretrained is None:
         model = ViTModel(ViTConfig(**sizes), add_pooling_layer=False)
+        if image.stem == "conv":
+            stem: Any = ConvStem(image.patch, image.width)  # transformers types it as one Conv2d
+            model.embeddings.patch_embeddings.projection = stem
         with torch.no_grad():
             places = model.embeddings.position_embeddings
             places.copy_(begin_places(image.size // image.patch, image.width))

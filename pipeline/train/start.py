@@ -23,8 +23,8 @@ from pipeline.train.outside import check_outside, find_outside, read_weights
 from pipeline.train.store import RunFolder, RunRecord
 
 LOG = logging.getLogger(__name__)
-SAME = ("kind", "embed_dim", "image.patch", "image.width", "image.layers", "image.heads",
-        "text.width", "text.layers", "text.heads")  # fmt: skip
+SAME = ("kind", "embed_dim", "image.patch", "image.stem", "image.width", "image.layers",
+        "image.heads", "text.width", "text.layers", "text.heads")  # fmt: skip
 VIT_PLACES = f"{TOWERS}vision_model.{IMAGE_PLACES}"
 CLIP_PLACES = f"{TOWERS}vision_model.embeddings.position_embedding.weight"
 CUT = tuple(  # rows at the end that no text reaches: places, ids

@@ -93,6 +93,8 @@ def test_nested_unknown_key_is_named_in_its_own_section(tmp_path: Path) -> None:
             "nothing trains the independent features",
         ),
         ("model.image.patch=7", "patch is 7; it must divide size 16"),
+        ("model.image={size: 24, patch: 12, stem: conv}", "patch is 12; with stem conv it is 2, 4"),
+        ("model.image={stem: conv, pretrained: org/vit}", "a pretrained ViT (org/vit) reads patch"),
         ("model.text.heads=3", "heads is 3; it must divide width 16"),
         ("train.epochs=1", "exactly one of samples and epochs"),
         ("name=a/b", "name: is 'a/b'"),

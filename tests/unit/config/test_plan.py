@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.plan import Facts, Plan, find_contradictions, make_plan, resize
 from pipeline.config.schema import Config, LossKind
-from tests.tiny import FUSION, tiny_config
+from tests.tiny import CONV, FUSION, tiny_config
 
 FACTS = Facts(
     train_rows=1000,
@@ -346,3 +346,9 @@ def test_a_tasks_momentum_model_is_planned_for_and_assignment_has_none() -> None
     assert slow.momentum
     assert slow.checkpoint_bytes == plain.checkpoint_bytes + 4 * FACTS.num_parameters
     assert _places(config("assignment", 0.4)) == ["task.distillation"]
+
+
+def test_a_stem_of_convolutions_is_of_a_fusion_model() -> None:
+    (problem,) = find_contradictions(tiny_config(model={"image": CONV}))
+    assert problem.place == "model.image.stem"
+    assert find_contradictions(tiny_config(model={**FUSION, "image": CONV})) == []

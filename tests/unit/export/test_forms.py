@@ -24,7 +24,7 @@ from pipeline.tracking import tracker
 from pipeline.tracking.tracker import MetricLog
 from pipeline.train.store import RunFolder, RunRecord
 from pipeline.train.task import build_module
-from tests.tiny import CAPTIONS, FUSION, tiny_config, tiny_module, tiny_tokenizer
+from tests.tiny import CAPTIONS, CONV, FUSION, tiny_config, tiny_module, tiny_tokenizer
 from tests.tiny_run import (
     STATE,
     in_fresh_process,
@@ -446,6 +446,12 @@ def test_the_command(
             "transformers",
             {},
             r"--format: is transformers; the run is fine-tuned for vqa, .* take safetensors",
+        ),
+        (
+            {"model": {**FUSION, "image": CONV}},
+            "transformers",
+            {},
+            r"--format: is transformers; the run's model.image.stem is conv, .* take safetensors",
         ),
         ({}, "transformers", {"checkpoint": "step-1"}, r"--checkpoint: .* has no 'step-1'; it has"),
         ({}, "transformers", {"out": Path("s3://bucket/out")}, r"OUT: .* is a URL; give a local"),

@@ -11,13 +11,14 @@ from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 from pipeline.errors import UserError
 from pipeline.models.fusion import (
     NO_LABEL,
+    ConvStem,
     Fusion,
     begin_places,
     build_fusion,
     draw_negatives,
     may_be_confused,
 )
-from tests.tiny import FUSION, tiny_config, tiny_pairs, tiny_tokenizer
+from tests.tiny import CONV, FUSION, tiny_config, tiny_pairs, tiny_tokenizer
 
 PAD = 0
 
@@ -214,6 +215,33 @@ def test_places_begin_as_sines_of_row_and_column() -> None:
     assert begin_places(2, 6).shape == (1, 5, 6), (
         "of widths that are no multiple of 4 the rest is 0"
     )
+
+
+def test_convolutions_see_across_the_borders_of_patches() -> None:
+    """A pixel beside a border says something to both patches; a linear map keeps them apart."""
+    images = torch.full((1, 16, 16, 3), 200, dtype=torch.uint8)
+    changed = images.clone()
+    changed[:, 3, 7] = 0  # the last column of the first patch
+    found = {}
+    for stem in ("patch", "conv"):
+        model = _build(image={**CONV, "stem": stem})
+        projection = model.vision_model.embeddings.patch_embeddings.projection
+        pixels = [model.pixels(each, projection.weight.dtype) for each in (images, changed)]
+        before, after = (projection(each) for each in pixels)
+        assert before.shape == (1, 16, 2, 2)
+        found[stem] = ((before - after).abs().amax(dim=(0, 1)) > 1e-2).tolist()
+    assert found["patch"] == [[True, False], [False, False]]
+    assert found["conv"][0] == [True, True]
+
+
+@pytest.mark.parametrize(("patch", "width"), [(2, 16), (8, 128), (16, 384), (32, 768)])
+def test_convolutions_begin_as_strong_as_places(patch: int, width: int) -> None:
+    torch.manual_seed(0)
+    stem = ConvStem(patch, width)
+    found = stem(torch.randn(4, 3, 4 * patch, 4 * patch))
+    assert found.shape == (4, width, 4, 4)
+    assert 1 < found.std().item() < 2.2
+    assert stem.to(torch.bfloat16).weight.dtype == torch.bfloat16
 
 
 def test_pretrained_parts_are_loaded(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from pipeline.train.task import (
     distinct_answers,
     encode_answers,
 )
-from tests.tiny import FUSION, tiny_batch, tiny_config, tiny_tokenizer
+from tests.tiny import CONV, FUSION, tiny_batch, tiny_config, tiny_tokenizer
 
 LABELS = AnswerList(names=("false", "true"), is_open=False)
 WORDS = AnswerList(names=("red", "a large square", "2"), is_open=True)
@@ -233,6 +233,7 @@ def test_weights_of_another_shape_stop_the_run_by_name(tmp_path: Path) -> None:
         ({"init": "nowhere"}, "model.init: .*nowhere is no run with a checkpoint"),
         ({"embed_dim": 8}, r"model.embed_dim: is 8; .* set model.embed_dim=16"),
         ({"fusion": {"layers": 1}}, r"model.fusion.layers: is 1; .*=2"),
+        ({"image": CONV}, r"model.image.stem: is conv; .* has patch: set model.image.stem=patch"),
         (
             {"text": {"context_length": 9, "width": 16, "layers": 2, "heads": 2}},
             r"model.text.context_length: is 9; .* knows 8 places",
