@@ -34,7 +34,7 @@ def demo(
             metavar="TASK",
             help="Instead of captions: vqa (questions and answers), statements (true or false), "
             "pairs (statements about two pictures), entailment, or boxes (statements about boxes "
-            "of shapes, like NLVR's).",
+            "of shapes, like NLVR's). Or descriptions: captions that tell more.",
         ),
     ] = None,
 ) -> None:

@@ -28,6 +28,7 @@ from pipeline.data.demo import (
     encode_jpeg,
     scene_json,
 )
+from pipeline.data.descriptions import describe
 from pipeline.data.pairs import pair_statement
 from pipeline.data.staging import (
     INVERSE,
@@ -206,6 +207,13 @@ def _make_boxes(split: str, row: int, seed: int) -> Row:
     return _end(split, row, columns, boxes_json(boxes))
 
 
+def _make_description(split: str, row: int, seed: int) -> Row:
+    rng, held_out, count = _begin(_FIRST_STREAM + 5, DIGITS[1:], split, row, seed)
+    scene = stage(rng, held_out, Order(count=int(count)))
+    columns = {"image": _picture(scene), "caption": describe(rng, scene)}
+    return _end(split, row, columns, scene_json(scene))
+
+
 def _schema(**columns: pa.DataType) -> pa.Schema:
     """Key, the task's own columns, the scene's graph (of a pair: a list of two), and split."""
     ends = {"scene": pa.string(), "split": pa.string()}
@@ -239,6 +247,11 @@ _TASKS = (
         name="boxes",
         schema=_schema(image=pa.binary(), statement=_TEXT, label=_TEXT),
         make=_make_boxes,
+    ),
+    Task(
+        name="descriptions",
+        schema=_schema(image=pa.binary(), caption=_TEXT),
+        make=_make_description,
     ),
 )
 TASKS = {task.name: task for task in _TASKS}

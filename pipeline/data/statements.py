@@ -59,7 +59,7 @@ _DESCRIPTIONS = {
 }
 _PAIR = ("color", "shape")
 _SIDE_NAMES = (("shape",), ("color",), ("color", "shape"))
-_PLACE_PHRASES = {
+PLACE_PHRASES = {
     "top left": "in the top left corner",
     "top": "at the top",
     "top right": "in the top right corner",
@@ -262,7 +262,7 @@ def _places(rng: np.random.Generator, held_out: bool, verdict: Verdict, least: i
     thing = draw_thing(rng, held_out)
     name = thing.only(pick(rng, _SIDE_NAMES[:2]))
     where, count = pick(rng, NINE_PLACES), draw_count(rng, held_out, least)
-    text = f"the {name} is {_PLACE_PHRASES[where]}"
+    text = f"the {name} is {PLACE_PHRASES[where]}"
     return text, placed(rng, thing, name, where, verdict, count)
 
 

@@ -32,10 +32,11 @@ Thing = dict[str, Any]
 ROWS = 3600
 TEXTS = {
     "vqa": "question", "statements": "statement", "pairs": "statement", "entailment": "hypothesis",
-    "boxes": "statement",
+    "boxes": "statement", "descriptions": "caption",
 }  # fmt: skip
 LABELS = {"statements": TRUTH, "pairs": TRUTH, "entailment": ENTAILMENT, "boxes": TRUTH}
-OF_SCENES = [task for task in TASKS if task != "boxes"]  # boxes are judged in test_boxes.py
+# Boxes are judged in test_boxes.py, and descriptions are always true: below.
+OF_SCENES = [task for task in TASKS if task not in {"boxes", "descriptions"}]
 NUMBERS = {"no": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NAME = rf"(?:(?:{'|'.join(SIZES)}) )?(?:(?:{'|'.join(COLORS)}) )?(?:{'|'.join(SHAPES)}|thing|shape)"
@@ -277,6 +278,31 @@ def test_answers_are_balanced_within_each_kind(rows: Callable[[str, str], list[R
         assert max(counts.values()) / counts.total() < 1 / expected[kind] + 0.05, (kind, counts)
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_descriptions_are_true_and_lists_are_whole(
+    rows: Callable[[str, str], list[Row]], split: str
+) -> None:
+    counts: Counter[str] = Counter()
+    for row in rows("descriptions", split):
+        (things,) = scenes_of(row)
+        listed: list[Thing] = []
+        for part in re.split(r", | and ", row["caption"]):
+            if found := re.fullmatch(
+                rf"(?:there is )?{AN}(?: \w+ the ([a-z ]+?)(?: corner)?)?", part
+            ):
+                listed.append(only(fitting(things, found[1])))
+                assert found[2] is None or is_at(listed[-1], found[2]), (row["caption"], things)
+                counts["placed" if found[2] else "bare"] += 1
+            else:
+                assert read_statement(part, things) == "true", (row["caption"], things)
+                counts["fact"] += 1
+        counts[f"{len(things)} things"] += 1
+        assert not listed or sorted(map(str, listed)) == sorted(map(str, things)), row["caption"]
+        assert len(row["caption"].split()) <= 26, row["caption"]
+    assert counts["1 things"] == counts["2 things"] == counts["3 things"]
+    assert min(counts["placed"], counts["bare"], counts["fact"]) > 200
+
+
 # --- what text alone tells
 
 
@@ -338,7 +364,7 @@ def parts_of(task: str, rows: list[Row]) -> tuple[list[str], list[str], list[str
     )
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "descriptions"])
 def test_text_alone_is_at_chance(rows: Callable[[str, str], list[Row]], task: str) -> None:
     texts, labels, kinds = parts_of(task, rows(task, "train"))
     chance = 1 / len(LABELS[task]) if task in LABELS else lookup(kinds, labels, kinds)
@@ -358,7 +384,7 @@ def test_the_probes_find_what_is_there(rows: Callable[[str, str], list[Row]]) ->
 # --- rows
 
 
-@pytest.mark.parametrize("task", OF_SCENES)
+@pytest.mark.parametrize("task", [*OF_SCENES, "descriptions"])
 def test_pairs_held_out_are_shown_and_named_only_in_test(
     rows: Callable[[str, str], list[Row]], task: str
 ) -> None:
@@ -438,7 +464,7 @@ def test_a_set_is_written_as_the_pretraining_set_is(
     picture = "images" if task == "pairs" else "image"
     assert {name for name, codec in codecs.items() if codec == "UNCOMPRESSED"} == {picture}
     assert (group.num_rows, file.num_row_groups) == (8, 4)
-    told = {"vqa": ["answer", "kind"]}.get(task, ["label"])
+    told = {"vqa": ["answer", "kind"], "descriptions": []}.get(task, ["label"])
     kinds = {name: pa.string() for name in ("key", TEXTS[task], *told, "scene", "split")}
     kinds |= {picture: pa.list_(pa.binary()) if task == "pairs" else pa.binary()}
     schema = pq.read_schema(paths[0])
@@ -487,7 +513,7 @@ def test_the_command_writes_a_task(
     [
         (
             ["--task", "vqr"],
-            "--task is vqr; there is vqa, statements, pairs, entailment, boxes: choose",
+            "--task is vqr; there is vqa, statements, pairs, entailment, boxes, desc",
         ),
         (["--task", "vqa", "--private"], "task is vqa and private is set"),
     ],
