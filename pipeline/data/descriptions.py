@@ -47,8 +47,9 @@ def _list(rng: np.random.Generator, scene: Scene, things: Sequence[Look]) -> str
         is_sized = rng.random() < _SIZED_SHARE
         where = place(scene.objects[i]) if number < _MOST_PLACED else None
         name = an(things[i] if is_sized else things[i].only(("color", "shape")))
-        is_placed = where is not None and rng.random() < _PLACED_SHARE
-        told.append(f"{name} {PLACE_PHRASES[where]}" if is_placed else name)
+        if where is not None and rng.random() < _PLACED_SHARE:
+            name = f"{name} {PLACE_PHRASES[where]}"
+        told.append(name)
     *others, last = [told[i] for i in rng.permutation(len(told))]
     listed = f"{', '.join(others)} and {last}" if others else last
     return pick(rng, ("{}", "there is {}")).format(listed)
