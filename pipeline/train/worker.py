@@ -151,10 +151,10 @@ def versions() -> dict[str, str]:
 
 def _set_up_torch(config: Config, device: torch.device) -> None:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    if device.type == "cpu":
-        # In bf16 its gradient takes ten times as long as that of plain attention, and more than
-        # all the rest of a step. The switch is named after CUDA, but PyTorch asks it for CPUs too.
-        torch.backends.cuda.enable_flash_sdp(False)
+    # Fused attention's gradient takes ten times as long there as that of plain attention, and more
+    # than all the rest of a step. The switch is named after CUDA, but PyTorch asks it for CPUs too.
+    is_slow = device.type == "cpu" and config.engine.precision == "bf16"
+    torch.backends.cuda.enable_flash_sdp(not is_slow)
 
 
 class _Trainer:

@@ -20,11 +20,14 @@ def restored() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("restored")
-@pytest.mark.parametrize(("device", "is_fused"), [("cpu", False), ("cuda", True)])
-def test_attention_is_fused_on_gpus_only(device: str, is_fused: bool) -> None:
+@pytest.mark.parametrize(
+    ("device", "precision", "is_fused"),
+    [("cpu", "bf16", False), ("cpu", "fp32", True), ("cuda", "bf16", True)],
+)
+def test_attention_is_plain_on_cpus_in_bf16(device: str, precision: str, is_fused: bool) -> None:
     """By what PyTorch calls on this CPU, once the worker is set up for the device."""
-    torch.backends.cuda.enable_flash_sdp(True)
-    _set_up_torch(tiny_config(), torch.device(device))
+    config = tiny_config(engine={"precision": precision})
+    _set_up_torch(config, torch.device(device))
     states = torch.randn(2, 2, 8, 16, dtype=torch.bfloat16)
     with profile() as found:
         F.scaled_dot_product_attention(states, states, states)
