@@ -1,4 +1,4 @@
-"""Descriptions of scenes: several true sentences about all that a picture shows.
+"""Descriptions of scenes: all their things, most with their places, or two facts.
 
 Enters: a scene and a generator. Leaves: a caption that tells more of the scene than the demo's, in
 the words of the tasks' sentences. A thing is only called "the circle" where the picture has one

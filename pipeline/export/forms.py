@@ -134,7 +134,7 @@ def _way(form: Form, record: RunRecord) -> tuple[Save, str]:
             "--format: is openclip; the run's model is fusion, and open_clip has no such model: "
             "take transformers or safetensors"
         )
-    if record.config["model"]["image"].get("stem", "patch") == "conv":
+    if record.config["model"]["image"].get("stem") == "conv":
         raise UserError(
             f"--format: is {form}; the run's model.image.stem is conv, and transformers' ViT reads "
             "patches: take safetensors"

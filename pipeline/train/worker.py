@@ -151,8 +151,8 @@ def versions() -> dict[str, str]:
 
 def _set_up_torch(config: Config, device: torch.device) -> None:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    # Fused attention's gradient takes ten times as long there as that of plain attention, and more
-    # than all the rest of a step. The switch is named after CUDA, but PyTorch asks it for CPUs too.
+    # On CPUs in bf16 the gradient of PyTorch's fused attention takes more time than all the rest of
+    # a step. The switch between it and plain attention is named after CUDA, but holds for CPUs too.
     is_slow = device.type == "cpu" and config.engine.precision == "bf16"
     torch.backends.cuda.enable_flash_sdp(not is_slow)
 
