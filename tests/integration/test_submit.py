@@ -136,9 +136,15 @@ def stopped(head: Head, followed: str) -> Stopped:
     follower = start(*longer, "--follow", cwd=head.folder, env=head.environment)
     runs = head.folder.parent / "runs"
     wait_for(lambda: list((runs / "long").glob("step-*/manifest.json")), SLOW)
+    assert follower.stdout is not None
+    left = ""
+    while "Training from step 0" not in left:  # what a job prints reaches a follower late
+        line = follower.stdout.readline()
+        assert line, f"the command has ended:\n{left}"
+        left += line
     follower.send_signal(signal.SIGINT)
-    left, _ = follower.communicate(timeout=SLOW)
-    assert follower.returncode == 130, left
+    left += follower.stdout.read()
+    assert follower.wait(SLOW) == 130, left
     status, again = head.command(*longer)
     assert status == 2, again
     status, output = head.command("stop", head.facts()["long"]["job"])
