@@ -48,9 +48,14 @@ def demo(
             f"--task is {task}; there is {', '.join(TASKS)}: choose one or leave it out"
         )
     try:
-        with console.status(f"Drawing {rows:,} scenes ..."):
+        with console.status(f"Drawing {rows:,} scenes ...") as status:
             summary = write_demo(
-                out, rows, seed, private=private, task=TASKS[task] if task else None
+                out,
+                rows,
+                seed,
+                lambda done, total: status.update(f"Drew {done:,} of {total:,} rows ..."),
+                private=private,
+                task=TASKS[task] if task else None,
             )
     except ValueError as error:
         raise UserError(str(error)) from error

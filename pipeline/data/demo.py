@@ -13,12 +13,16 @@ pixel edges: (0, 0) is the top left corner of the picture and (32, 32) its centr
 import io
 import json
 import math
+import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -211,7 +215,8 @@ class DemoSummary:
 class Task:
     """Another set of rows about such scenes: its columns, and ``make(split, row, seed)`` of a row.
 
-    ``name`` goes into the set's record, so rows that change need another name or VERSION.
+    ``name`` goes into the set's record, so rows that change need another name or VERSION. ``make``
+    is sent to other processes: a module's function.
     """
 
     name: str
@@ -458,7 +463,8 @@ def write_demo(
     They are captioned scenes, textured and signed if ``private``, or the rows of ``task``.
     The folder appears whole or not at all. One that already holds this very set is left alone;
     one that holds another demo set is replaced. ``on_progress`` receives (rows done, rows in
-    all) after every row group.
+    all) after every shard. Several shards are written at once, by processes of their own, which
+    import the program that calls this: it must be importable.
 
     Raises ValueError when ``rows`` or ``seed`` is out of range, when both ``private`` and ``task``
     are given, or when ``out`` holds anything but a demo set.
@@ -648,6 +654,16 @@ _PLAIN = Task(name="captions", schema=SCHEMA, make=make_row)
 _PRIVATE = Task(name="private", schema=PRIVATE_SCHEMA, make=partial(make_row, private=True))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Shard:
+    """A file and the rows that go into it, ``start`` up to ``stop`` of a split."""
+
+    path: Path
+    split: str
+    start: int
+    stop: int
+
+
 def _write_set(
     folder: Path,
     task: Task,
@@ -655,19 +671,44 @@ def _write_set(
     seed: int,
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Write all splits into a new folder."""
+    """Write all splits into a new folder, several shards at once."""
     counts = split_rows(rows)
-    total, done = sum(counts.values()), 0
-    for split, count in counts.items():
+    shards = [
+        _Shard(
+            path=folder / split / f"part-{number:05d}.parquet",
+            split=split,
+            start=start,
+            stop=min(start + SHARD_ROWS, count),
+        )
+        for split, count in counts.items()
+        for number, start in enumerate(range(0, count, SHARD_ROWS))
+    ]
+    for split in counts:
         (folder / split).mkdir(parents=True)
-        for written in _write_split(folder / split, task, split, count, seed):
-            done += written
-            if on_progress is not None:
-                on_progress(done, total)
+    total, done = sum(counts.values()), 0
+    for written in _write_shards(shards, partial(_write_shard, task, seed, ROW_GROUP_ROWS)):
+        done += written
+        if on_progress is not None:
+            on_progress(done, total)
 
 
-def _write_split(folder: Path, task: Task, split: str, count: int, seed: int) -> Iterator[int]:
-    """Write one split's shards, yielding the number of rows of each row group once written."""
+def _write_shards(shards: Sequence[_Shard], write: Callable[[_Shard], int]) -> Iterator[int]:
+    """Write each shard, yielding its number of rows once written."""
+    if sum(shard.stop - shard.start for shard in shards) <= SHARD_ROWS:
+        yield from map(write, shards)  # in less time than processes take to start
+        return
+    # Ctrl-C reaches every process of a terminal; this one ends the others.
+    pool = ProcessPoolExecutor(
+        os.cpu_count(), get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    )
+    try:
+        for future in as_completed([pool.submit(write, shard) for shard in shards]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _write_shard(task: Task, seed: int, group_rows: int, shard: _Shard) -> int:
     # JPEG bytes do not compress, and no two are alike: neither zstd nor a dictionary would help.
     text_columns = [name for name in task.schema.names if name not in {"image", "images"}]
     # Any, since pyarrow's annotations do not know that each option can be given per column.
@@ -676,12 +717,9 @@ def _write_split(folder: Path, task: Task, split: str, count: int, seed: int) ->
         "use_dictionary": text_columns,
         "write_statistics": text_columns,
     }
-    for shard, shard_start in enumerate(range(0, count, SHARD_ROWS)):
-        shard_stop = min(shard_start + SHARD_ROWS, count)
-        path = folder / f"part-{shard:05d}.parquet"
-        with pq.ParquetWriter(path, task.schema, **options) as writer:
-            for start in range(shard_start, shard_stop, ROW_GROUP_ROWS):
-                stop = min(start + ROW_GROUP_ROWS, shard_stop)
-                batch = [task.make(split, row, seed) for row in range(start, stop)]
-                writer.write_table(pa.Table.from_pylist(batch, schema=task.schema))
-                yield stop - start
+    with pq.ParquetWriter(shard.path, task.schema, **options) as writer:
+        for start in range(shard.start, shard.stop, group_rows):
+            stop = min(start + group_rows, shard.stop)
+            batch = [task.make(shard.split, row, seed) for row in range(start, stop)]
+            writer.write_table(pa.Table.from_pylist(batch, schema=task.schema))
+    return shard.stop - shard.start

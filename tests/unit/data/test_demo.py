@@ -461,6 +461,31 @@ def test_summary_and_progress(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["set"]
 
 
+def test_shards_are_written_by_processes_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rows in the same files, whoever wrote them."""
+    monkeypatch.setattr(demo, "SHARD_ROWS", 20)
+    calls: list[tuple[int, int]] = []
+    write_demo(tmp_path / "set", 50, on_progress=lambda done, total: calls.append((done, total)))
+    assert sorted(path.name for path in (tmp_path / "set" / "train").iterdir()) == [
+        f"part-{number:05d}.parquet" for number in range(3)
+    ]
+    assert read(tmp_path / "set", "train") == [make_row("train", row, 0) for row in range(50)]
+    assert len(calls) == 9
+    assert calls[-1] == (150, 150)
+
+
+def test_a_shard_that_cannot_be_written_ends_the_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "SHARD_ROWS", 20)
+    wrong = demo.Task(name="wrong", schema=demo.PRIVATE_SCHEMA, make=make_row)
+    with pytest.raises(pa.ArrowInvalid, match="texture"):
+        write_demo(tmp_path / "set", 50, task=wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_present_set_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "set"
     first = write_demo(out, 2)
