@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config.load import override_values, parse_config
-from pipeline.config.schema import Config, LinearProbeTask
+from pipeline.config.schema import Config, DataConfig, LinearProbeTask, SourceConfig
 from pipeline.data.layout import read_catalog, read_classes
 from pipeline.errors import UserError
 from pipeline.evaluate.probe import SHOTS
@@ -30,6 +30,7 @@ from pipeline.train.store import META, RunFolder, RunRecord, list_runs
 
 SUITE = "suite"  # the folder of results, of artifacts, and the prefix of metrics
 WHERE = ("cluster.", "tracking.")  # what is overridden for the fine-tuned runs too
+_REMEDY = "name the set with evaluate.linear_probe"
 Say = Callable[[str], None]
 
 
@@ -144,23 +145,37 @@ def _with_probes(config: Config, say: Say) -> Config:
 
 def _training_set(config: Config, column: str) -> str:
     """The path of training rows with labels to fit a probe to. Raises `UserError` without."""
-    remedy = "name the set with evaluate.linear_probe"
-    data = config.data
-    if len(data.train) != 1:
-        raise UserError(f"data.train: mixes {len(data.train)} sources; {remedy}")
-    source = data.train[0]
+    sources = config.data.train
+    found, refused = [], []
+    for source in sources:
+        try:
+            found.append(_labelled_rows(config.data, source, column))
+        except UserError as error:
+            refused.append(error)
+    if len(found) == 1:
+        return found[0]
+    if len(sources) == 1:
+        raise refused[0]
+    raise UserError(
+        f"data.train: mixes {len(sources)} sources, of which {len(found)} have labels in "
+        f"'{column}', and one is wanted; {_REMEDY}"
+    )
+
+
+def _labelled_rows(data: DataConfig, source: SourceConfig, column: str) -> str:
+    """The path of a source that a probe can be fitted to. Raises `UserError` of any other."""
     if source.image_column or source.caption_column:
-        raise UserError(f"data.train: names columns of its own, data.val has others; {remedy}")
+        raise UserError(f"data.train: names columns of its own, data.val has others; {_REMEDY}")
     split = source.split or data.train_split
     catalog = read_catalog(
         source.path, "data.train", data.image_column, data.caption_column, [column], split
     )
     if catalog.sources[0].columns.split:
-        raise UserError(f"data.train: is a part of {source.path}, chosen by its splits; {remedy}")
+        raise UserError(f"data.train: is a part of {source.path}, chosen by its splits; {_REMEDY}")
     if source.path == data.val:
-        raise UserError(f"data.train: {source.path} is data.val too; {remedy}")
+        raise UserError(f"data.train: {source.path} is data.val too; {_REMEDY}")
     if len(read_classes(catalog, column)) < 2:
-        raise UserError(f"data.train: '{column}' has fewer than two labels there; {remedy}")
+        raise UserError(f"data.train: '{column}' has fewer than two labels there; {_REMEDY}")
     return source.path
 
 

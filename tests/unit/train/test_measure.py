@@ -59,6 +59,20 @@ def test_zero_shot_columns_without_a_probe_get_one(scenes: Path) -> None:
     assert said == []
 
 
+def test_of_a_mixture_the_source_with_labels_is_probed(scenes: Path, tmp_path: Path) -> None:
+    table = pq.read_table(next((scenes / "train").glob("*.parquet")))
+    pq.write_table(table.drop_columns(["shape"]), tmp_path / "part.parquet")
+    train = str(scenes / "train")
+    config = _config(
+        scenes,
+        data={"train": [{"path": str(tmp_path)}, {"path": train}]},
+        evaluate={"zero_shot": [{"column": "shape"}]},
+    )
+    said: list[str] = []
+    (probe,) = _with_probes(config, said.append).evaluate.linear_probe
+    assert (probe.column, probe.train, said) == ("shape", train, [])
+
+
 def test_what_cannot_be_probed_is_told_with_its_reason(scenes: Path, tmp_path: Path) -> None:
     table = pq.read_table(next((scenes / "train").glob("*.parquet")))
     half = pa.array(["train" if row % 2 else "val" for row in range(len(table))])
@@ -78,7 +92,7 @@ def test_what_cannot_be_probed_is_told_with_its_reason(scenes: Path, tmp_path: P
         str(tmp_path / "split"): "chosen by its splits",
         str(scenes / "val"): "is data.val too",
         str(tmp_path / "none"): "does not exist",
-        "two": "mixes 2 sources",
+        "two": "mixes 2 sources, of which 2 have labels in 'shape'",
         "own": "names columns of its own",
     }
     several = {

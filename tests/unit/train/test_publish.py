@@ -148,6 +148,19 @@ def test_the_newest_that_is_whole_is_taken(
         assert found is None
 
 
+def test_a_checkpoint_that_training_has_replaced_is_told_as_such(
+    tmp_path: Path, run: RunFolder
+) -> None:
+    _save(tmp_path, run, "step-2")
+    with (
+        pytest.raises(
+            RunStop, match=r"it has \['step-2'\] by now, so it is in training: ask again"
+        ),
+        agreed(run, ["step-1"], _alone, node_rank=0, local_rank=0),
+    ):
+        raise AssertionError("there is none")
+
+
 def test_only_the_newest_stay(tmp_path: Path, run: RunFolder) -> None:
     for name in ("step-1", "step-2", "step-4"):
         _save(tmp_path, run, name, ranks=1)
