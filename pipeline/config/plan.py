@@ -70,6 +70,7 @@ class Plan:
     loss_bytes_per_step: int
     all_gather_bytes_per_step: int
     checkpoint_bytes: int
+    rerank_bytes: int
     second_view: bool
     momentum: bool
     structure: tuple[str, ...]
@@ -113,7 +114,14 @@ class Plan:
             "(activations come on top).",
             *([] if self.task else [traffic]),
             f"Checkpoint: about {_bytes(self.checkpoint_bytes)}.",
+            *([] if self.rerank_bytes == 0 else [self._rerank()]),
         ]
+
+    def _rerank(self) -> str:
+        return (
+            f"Re-ranking: every worker keeps the states of its share of {self.val_rows:,} "
+            f"evaluation images, {_bytes(self.rerank_bytes)}, in the node's memory."
+        )
 
     def _structure(self) -> list[str]:
         said = f"Structure: {', '.join(self.structure)}"
@@ -482,6 +490,7 @@ def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
             )
         )
     slow = 4 * facts.num_parameters if config.has_momentum else 0
+    val_rows = min(facts.val_rows, config.evaluate.max_rows)
     plan = Plan(
         workers=workers,
         global_batch=train.global_batch,
@@ -494,7 +503,7 @@ def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
         epoch_rows=facts.epoch_rows,
         row_groups=facts.row_groups,
         shuffle_window=config.data.shuffle_window,
-        val_rows=min(facts.val_rows, config.evaluate.max_rows),
+        val_rows=val_rows,
         samples=steps * train.global_batch,
         steps=steps,
         warmup_samples=config.optim.warmup_samples,
@@ -507,6 +516,7 @@ def make_plan(config: Config, facts: Facts) -> tuple[Plan, list[Problem]]:
         + config.loss.exchange * local * 8 * (facts.embed_dim + 1),
         all_gather_bytes_per_step=loss_bytes("infonce_gathered", workers, local, facts.embed_dim),
         checkpoint_bytes=(_weight_bytes(config) + 12) * facts.num_parameters + slow,
+        rerank_bytes=_rerank_bytes(config, val_rows),
         second_view=config.structure.has_second_view,
         momentum=config.has_momentum,
         structure=_terms(config.structure),
@@ -619,6 +629,16 @@ def _state_bytes(config: Config, parameters: int) -> int:
         optimizer / (workers if stage >= 1 else 1),
     ]
     return math.ceil(parameters * sum(shares))
+
+
+def _rerank_bytes(config: Config, rows: int) -> int:
+    """States of a worker's images: of each patch and of the whole, so wide as the tower."""
+    if config.evaluate.rerank is None:
+        return 0
+    image = config.model.image
+    states = (image.size // image.patch) ** 2 + 1
+    own = math.ceil(rows / config.cluster.max_workers)
+    return own * states * image.width * _weight_bytes(config)
 
 
 def _bytes(count: int) -> str:

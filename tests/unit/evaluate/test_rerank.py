@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config.plan import find_contradictions
+from pipeline.config.plan import Facts, find_contradictions, make_plan
 from pipeline.config.schema import EvaluateConfig
 from pipeline.errors import RunStop
 from pipeline.evaluate.embed import Embedded, Unfused, embed_rows
@@ -159,6 +159,35 @@ def _embedded(module: Any) -> Embedded:
         CPU,
         keeps_states=True,
     )
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_the_plan_tells_what_states_take(precision: str, dtype: torch.dtype) -> None:
+    unfused = _embedded(_module(dtype)).unfused
+    assert unfused is not None
+    config = tiny_config(
+        model=FUSION,
+        engine={"zero_stage": 1, "precision": precision},
+        evaluate={"rerank": 2},
+        cluster={"workers": 1},
+    )
+    facts = Facts(
+        train_rows=100,
+        epoch_rows=100,
+        row_groups=1,
+        val_rows=len(unfused.states),
+        vocab_size=300,
+        num_parameters=1,
+        embed_dim=16,
+    )
+    plan, _ = make_plan(config, facts)
+    assert plan.rerank_bytes == sum(states.nbytes for states in unfused.states) > 0
+    assert any(said.startswith("Re-ranking: ") for said in plan.sentences())
+    without, _ = make_plan(tiny_config(model=FUSION), facts)
+    assert without.rerank_bytes == 0
+    assert not any(said.startswith("Re-ranking: ") for said in without.sentences())
 
 
 def _matcher(module: Any) -> Callable[[Tensor, Tensor], Tensor]:
