@@ -274,17 +274,22 @@ def _block_at_end(rng: np.random.Generator) -> tuple[str, Holds]:
     return words, lambda boxes: test(sum(box[at].color == color for box in boxes))
 
 
+def _height(rng: np.random.Generator) -> tuple[str, Test]:
+    """So many blocks, and what fits them."""
+    words, is_so_high, is_one = _number(rng, 1, _MOST_BLOCKS)
+    return f"{words} {_some('block', is_one)}", is_so_high
+
+
 def _tower_of(rng: np.random.Generator) -> tuple[str, Holds]:
-    """Of so many blocks, with or without what lies at an end."""
-    words, high, _ = _number(rng, 1, 4)
+    """Of a height, with or without what lies at an end."""
+    height, is_so_high = _height(rng)
     color, (end, at) = pick(rng, COLORS), _end(rng)
     said = pick(rng, ("", "", f"with a {color} block at the {end}", f"and the {end} is {color}"))
-    block = "block" if words.endswith("one") else "blocks"
     text, test = _there(
-        rng, lambda is_one: f"{_some('tower', is_one)} with {words} {block} {said}".strip(), 2
+        rng, lambda is_one: f"{_some('tower', is_one)} with {height} {said}".strip(), 2
     )
     return text, lambda boxes: test(
-        sum(high(len(box)) and (not said or box[at].color == color) for box in boxes)
+        sum(is_so_high(len(box)) and (not said or box[at].color == color) for box in boxes)
     )
 
 
@@ -308,17 +313,15 @@ def _is_stacked(box: Box, lower: str, upper: str) -> bool:
 
 
 def _end_of(rng: np.random.Generator) -> tuple[str, Holds]:
-    words, high, _ = _number(rng, 1, 4)
+    """A block at an end of a tower of a height."""
+    height, is_so_high = _height(rng)
     color, (end, at) = pick(rng, COLORS), _end(rng)
-    block = "block" if words.endswith("one") else "blocks"
     text, test = _there(
-        rng,
-        lambda is_one: (
-            f"{color} {_some('block', is_one)} as the {end} of a tower with {words} {block}"
-        ),
-        2,
+        rng, lambda one: f"{color} {_some('block', one)} as the {end} of a tower with {height}", 2
     )
-    return text, lambda boxes: test(sum(high(len(box)) and box[at].color == color for box in boxes))
+    return text, lambda boxes: test(
+        sum(is_so_high(len(box)) and box[at].color == color for box in boxes)
+    )
 
 
 def _above(rng: np.random.Generator) -> tuple[str, Holds]:
