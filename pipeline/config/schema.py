@@ -20,6 +20,8 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Spread = Annotated[float, Field(gt=0, le=1)]
+Byte = Annotated[int, Field(ge=0, le=255)]
 
 HUB = "hf-hub:"  # how the name of a model on Hugging Face's hub begins, as in OpenCLIP
 
@@ -142,15 +144,15 @@ class DataConfig(Section):
         default=ViewConfig(),
         description="The augmented view of a row, made when a term of structure needs it.",
     )
-    image_mean: tuple[float, float, float] = Field(
+    image_mean: tuple[Fraction, Fraction, Fraction] = Field(
         default=(0.48145466, 0.4578275, 0.40821073),
         description="Subtracted from red, green and blue, which are from 0 to 1; CLIP's.",
     )
-    image_std: tuple[float, float, float] = Field(
+    image_std: tuple[Spread, Spread, Spread] = Field(
         default=(0.26862954, 0.26130258, 0.27577711),
         description="What they are divided by then; CLIP's.",
     )
-    background: tuple[int, int, int] = Field(
+    background: tuple[Byte, Byte, Byte] = Field(
         default=(255, 255, 255), description="RGB under transparent pixels, 0-255."
     )
     max_bad_fraction: Fraction = Field(

@@ -86,6 +86,9 @@ def test_nested_unknown_key_is_named_in_its_own_section(tmp_path: Path) -> None:
         ("engine.precision=fp64", "engine.precision: is 'fp64'"),
         ("data.crop_scale=[0.9, 0.1]", "crop_scale is"),
         ("data.second_view.crop_scale=[0, 0.1]", "crop_scale is"),
+        ("data.image_mean=[123, 0.5, 0.5]", "data.image_mean.0: is 123"),
+        ("data.image_std=[0.2, 0, 0.2]", "data.image_std.1: is 0"),
+        ("data.background=[0, 0, 256]", "data.background.2: is 256"),
         ("structure.bridge.t=1.5", "structure.bridge.t: is 1.5"),
         ("structure.bridge.t=[]", "structure.bridge.t: is ()"),
         (
