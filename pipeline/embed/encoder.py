@@ -67,7 +67,7 @@ class Encoder:
         return BATCHES[self.device.type]
 
     def settle(self) -> None:
-        """Move to the device. There in the run's own precision; on CPUs bf16 would be slower."""
+        """Move to the device: a GPU in the run's own precision; a CPU in fp32, which all know."""
         is_bf16 = self.device.type == "cuda" and self._config.engine.precision == "bf16"
         self._module.to(self.device, torch.bfloat16 if is_bf16 else torch.float32)
 
