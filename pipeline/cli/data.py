@@ -1,6 +1,7 @@
 """`gammaray data`: make data, and look at it."""
 
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,6 +60,11 @@ def demo(
             )
     except ValueError as error:
         raise UserError(str(error)) from error
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"{out}: a process that drew rows was killed (by the system, if memory ran out); "
+            "nothing is left of the set: run the command again"
+        ) from error
     splits = ", ".join(f"{name} {count:,}" for name, count in summary.rows.items())
     done = f"made in {summary.seconds:.0f} s" if summary.created else "already there"
     console.print(f"Demo data in {out}: {splits} ({summary.bytes / 1e6:.0f} MB), {done}.")

@@ -119,8 +119,8 @@ class Plan:
 
     def _rerank(self) -> str:
         return (
-            f"Re-ranking: every worker keeps the states of its share of {self.val_rows:,} "
-            f"evaluation images, {_bytes(self.rerank_bytes)}, in the node's memory."
+            f"Re-ranking: each worker keeps the states of its share of {self.val_rows:,} "
+            f"evaluation images, {_bytes(self.rerank_bytes)} each, in its node's memory."
         )
 
     def _structure(self) -> list[str]:

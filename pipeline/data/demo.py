@@ -16,13 +16,14 @@ import math
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -463,11 +464,12 @@ def write_demo(
     They are captioned scenes, textured and signed if ``private``, or the rows of ``task``.
     The folder appears whole or not at all. One that already holds this very set is left alone;
     one that holds another demo set is replaced. ``on_progress`` receives (rows done, rows in
-    all) after every shard. Several shards are written at once, by processes of their own, which
-    import the program that calls this: it must be importable.
+    all) after every shard. Several shards are written at once, by processes that import the program
+    which calls this: a script does so under ``if __name__ == "__main__"``.
 
     Raises ValueError when ``rows`` or ``seed`` is out of range, when both ``private`` and ``task``
-    are given, or when ``out`` holds anything but a demo set.
+    are given, or when ``out`` holds anything but a demo set; BrokenProcessPool when a process was
+    killed meanwhile.
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
@@ -697,15 +699,25 @@ def _write_shards(shards: Sequence[_Shard], write: Callable[[_Shard], int]) -> I
     if sum(shard.stop - shard.start for shard in shards) <= SHARD_ROWS:
         yield from map(write, shards)  # in less time than processes take to start
         return
-    # Ctrl-C reaches every process of a terminal; this one ends the others.
-    pool = ProcessPoolExecutor(
-        os.cpu_count(), get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    )
+    pool = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _begin_process)
     try:
         for future in as_completed([pool.submit(write, shard) for shard in shards]):
             yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin_process() -> None:
+    """Let a terminal's Ctrl-C end this process at once, and so the end of the one it works for."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None, "this process was started by another"
+    parent.join()
+    os._exit(1)
 
 
 def _write_shard(task: Task, seed: int, group_rows: int, shard: _Shard) -> int:

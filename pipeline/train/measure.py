@@ -152,14 +152,14 @@ def _training_set(config: Config, column: str) -> str:
             found.append(_labelled_rows(config.data, source, column))
         except UserError as error:
             refused.append(error)
-    if len(found) == 1:
-        return found[0]
-    if len(sources) == 1:
-        raise refused[0]
-    raise UserError(
-        f"data.train: mixes {len(sources)} sources, of which {len(found)} have labels in "
-        f"'{column}', and one is wanted; {_REMEDY}"
-    )
+    if len(found) > 1:
+        raise UserError(
+            f"data.train: {len(found)} of its {len(sources)} sources can be probed, and one is "
+            f"wanted; {_REMEDY}"
+        )
+    if not found:
+        raise UserError("; ".join(map(str, refused)))
+    return found[0]
 
 
 def _labelled_rows(data: DataConfig, source: SourceConfig, column: str) -> str:

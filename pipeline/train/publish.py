@@ -268,10 +268,10 @@ def agreed(
             if local_rank == node_rank == 0:
                 LOG.warning("checkpoint %s is damaged: %s", name, errors[0])
         if names:
-            newer = [name for name in run.checkpoints() if name not in names]
+            there = run.checkpoints()
             remedy = (
-                f"it has {newer} by now, so it is in training: ask again, or when it has ended"
-                if newer
+                f"it has {there} by now, so it is in training: ask again, or when it has ended"
+                if there and not set(names) & set(there)
                 else "put their files back, or start a new run with name=..."
             )
             raise RunStop(f"{run.url}: no checkpoint is whole, of {names}; {remedy}")

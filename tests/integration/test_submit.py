@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,8 @@ def stopped(head: Head, followed: str) -> Stopped:
     follower = start(*longer, "--follow", cwd=head.folder, env=head.environment)
     runs = head.folder.parent / "runs"
     wait_for(lambda: list((runs / "long").glob("step-*/manifest.json")), SLOW)
+    too_late = threading.Timer(SLOW, follower.kill)
+    too_late.start()
     assert follower.stdout is not None
     left = ""
     while "Training from step 0" not in left:  # what a job prints reaches a follower late
@@ -144,6 +147,7 @@ def stopped(head: Head, followed: str) -> Stopped:
         left += line
     follower.send_signal(signal.SIGINT)
     left += follower.stdout.read()
+    too_late.cancel()
     assert follower.wait(SLOW) == 130, left
     status, again = head.command(*longer)
     assert status == 2, again

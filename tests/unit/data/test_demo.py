@@ -1,16 +1,22 @@
+import contextlib
 import hashlib
 import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -461,19 +467,69 @@ def test_summary_and_progress(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["set"]
 
 
+def _make_signed(split: str, row: int, seed: int) -> dict[str, object]:
+    """A row with the number of the process that made it."""
+    return {**make_row(split, row, seed), "process": os.getpid()}
+
+
 def test_shards_are_written_by_processes_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same rows in the same files, whoever wrote them."""
     monkeypatch.setattr(demo, "SHARD_ROWS", 20)
+    schema = demo.SCHEMA.append(pa.field("process", pa.int64()))
+    signed = demo.Task(name="signed", schema=schema, make=_make_signed)
     calls: list[tuple[int, int]] = []
-    write_demo(tmp_path / "set", 50, on_progress=lambda done, total: calls.append((done, total)))
+    write_demo(tmp_path / "set", 50, on_progress=lambda *call: calls.append(call), task=signed)
     assert sorted(path.name for path in (tmp_path / "set" / "train").iterdir()) == [
         f"part-{number:05d}.parquet" for number in range(3)
     ]
-    assert read(tmp_path / "set", "train") == [make_row("train", row, 0) for row in range(50)]
+    rows = pq.read_table(tmp_path / "set" / "train").to_pylist()
+    assert os.getpid() not in {row.pop("process") for row in rows}
+    assert rows == [make_row("train", row, 0) for row in range(50)]
     assert len(calls) == 9
     assert calls[-1] == (150, 150)
+
+
+@pytest.mark.parametrize("sign", ["ctrl-c", "kill"])
+def test_no_process_outlives_the_command(tmp_path: Path, sign: str) -> None:
+    command = [sys.executable, "-m", "pipeline.cli", "data", "demo", str(tmp_path / "set"),
+               "--rows", "100000"]  # fmt: skip
+    driver = subprocess.Popen(
+        command,
+        start_new_session=True,
+        # A shell starts what it puts in the background with SIGINT ignored, and children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    _wait_for(lambda: list(tmp_path.glob(".set-*/new/train/*.parquet")))
+    if sign == "ctrl-c":
+        for _ in range(2):  # as people do
+            os.killpg(driver.pid, signal.SIGINT)
+            time.sleep(0.2)
+    else:
+        driver.kill()
+    driver.wait(60)
+    _wait_for(lambda: not _is_there(driver.pid))
+    if sign == "ctrl-c":
+        assert list(tmp_path.iterdir()) == []
+
+
+def _is_there(group: int) -> bool:
+    """Whether a process group has a process that runs."""
+    found = psutil.process_iter(["status"])
+    running = [each.pid for each in found if each.info["status"] != psutil.STATUS_ZOMBIE]
+    for pid in running:
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(pid) == group:
+                return True
+    return False
+
+
+def _wait_for(what: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_shard_that_cannot_be_written_ends_the_set(

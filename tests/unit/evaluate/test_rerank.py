@@ -185,6 +185,14 @@ def test_the_plan_tells_what_states_take(precision: str, dtype: torch.dtype) -> 
     plan, _ = make_plan(config, facts)
     assert plan.rerank_bytes == sum(states.nbytes for states in unfused.states) > 0
     assert any(said.startswith("Re-ranking: ") for said in plan.sentences())
+    image = len(unfused.states[0]) * unfused.states[0][0].nbytes
+    two = config.model_copy(
+        update={
+            "cluster": config.cluster.model_copy(update={"workers": 2}),
+            "evaluate": config.evaluate.model_copy(update={"max_rows": 7}),
+        }
+    )
+    assert make_plan(two, facts)[0].rerank_bytes == 4 * image
     without, _ = make_plan(tiny_config(model=FUSION), facts)
     assert without.rerank_bytes == 0
     assert not any(said.startswith("Re-ranking: ") for said in without.sentences())

@@ -92,12 +92,18 @@ def test_what_cannot_be_probed_is_told_with_its_reason(scenes: Path, tmp_path: P
         str(tmp_path / "split"): "chosen by its splits",
         str(scenes / "val"): "is data.val too",
         str(tmp_path / "none"): "does not exist",
-        "two": "mixes 2 sources, of which 2 have labels in 'shape'",
+        "two": "2 of its 2 sources can be probed, and one is wanted",
         "own": "names columns of its own",
+        "neither": "'shape' has fewer than two labels there; name the set with "
+        "evaluate.linear_probe; data.train: names columns of its own",
     }
     several = {
         "two": [{"path": train}, {"path": train}],
         "own": [{"path": train, "image_column": "image"}],
+        "neither": [
+            {"path": str(tmp_path / "one")},
+            {"path": train, "image_column": "image"},
+        ],
     }
     for path, reason in reasons.items():
         said: list[str] = []

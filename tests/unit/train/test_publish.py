@@ -159,6 +159,13 @@ def test_a_checkpoint_that_training_has_replaced_is_told_as_such(
         agreed(run, ["step-1"], _alone, node_rank=0, local_rank=0),
     ):
         raise AssertionError("there is none")
+    _save(tmp_path, run, "step-3")
+    (Path(run.path) / "step-3" / "state" / "shard-0.pt").write_text("other")
+    with (
+        pytest.raises(RunStop, match=r"of \['step-3'\]; put their files back"),
+        agreed(run, ["step-3"], _alone, node_rank=0, local_rank=0),
+    ):
+        raise AssertionError("it is damaged")
 
 
 def test_only_the_newest_stay(tmp_path: Path, run: RunFolder) -> None:
