@@ -638,8 +638,15 @@ class LinearProbeTask(Section):
     """Classification of a label column by a linear classifier on embeddings, fitted for it."""
 
     column: str = Field(description="Column of class labels in both sets.")
-    train: str = Field(description="Folder, file, glob or URL of Parquet to fit it to.")
-    test: str | None = Field(default=None, description="The same to test it on; absent: data.val.")
+    train: str = Field(description="Folder, file, glob or URL of Parquet to fit it to: all rows.")
+    train_split: str = Field(default="auto", description="As `data.train_split`, of `train`.")
+    test: str | None = Field(
+        default=None,
+        description="The same to test it on, all other rows; absent: what is used of data.val.",
+    )
+    test_split: str = Field(
+        default="auto", description="As `data.val_split`, of `test`; auto prefers `test`."
+    )
     modality: Literal["image", "text"] = Field(
         default="image", description="Whose embeddings are classified."
     )

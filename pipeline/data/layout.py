@@ -31,9 +31,11 @@ ANSWER_NAMES = ("answers", "answer", "label", "gold_label")
 URL_NAMES = ("url", "URL", "image_url")
 SPLIT_NAME = "split"
 STATUS_NAME = "status"  # img2dataset's: why a row has no image
-SPLITS = {  # what a role is called in a column `split`; of evaluation's names the first found
-    "data.train": (("train", "restval"),),
-    "data.val": (("val",), ("validation",), ("valid",), ("dev",), ("test",)),
+_HELD_BACK = (("val",), ("validation",), ("valid",), ("dev",))
+SPLITS = {  # what rows for this are called in a column `split`; of several names the first found
+    "train": (("train", "restval"),),
+    "val": (*_HELD_BACK, ("test",)),
+    "test": (("test",), *_HELD_BACK),
 }
 FEW_DIFFERENT = 0.25  # of captions, or a column's values: fewer, and they are labels
 FOREIGN = {  # kinds of files that `gammaray data prepare` reads
@@ -193,10 +195,11 @@ def read_catalog(
 ) -> Catalog:
     """List the Parquet shards at `path` and resolve their columns; `answer` only of a task.
 
-    `place` (the config path, e.g. data.train) opens every error. `labels` are further columns that
-    must be there. `split` keeps rows by a column `split`: auto (if there is one, those that fit the
-    place), all, or a value. With `either` images alone, or captions alone, will do. Raises
-    `UserError` for a missing path, no Parquet, unreadable files, columns that cannot be resolved.
+    `place` (the config path, e.g. data.train) opens every error; its end (train, val or test) tells
+    what the rows are for. `labels` are further columns that must be there. `split` keeps rows by a
+    column `split`: auto (if there is one, those that fit the place), all, or a value. With `either`
+    images alone, or captions alone, will do. Raises `UserError` for a missing path, no Parquet,
+    unreadable files, columns that cannot be resolved.
     """
     filesystem, files = _find(path, place)
     paths = [file.path for file in files]
@@ -275,7 +278,7 @@ def _choose_split(values: set[str], place: str, split: str) -> set[str]:
                 "choose one of them, or all"
             )
         return {split}
-    for names in SPLITS.get(place, ()):
+    for names in SPLITS.get(place.rpartition(".")[2], ()):
         if values & set(names):
             return values & set(names)
     # Neither says which rows are meant: a column of that name for another purpose, or one split.
@@ -582,15 +585,20 @@ def _answer(item: object) -> list[str]:
 
 
 def read_classes(catalog: Catalog, column: str) -> list[str]:
-    """Give the distinct non-null values of a label column, sorted, as text."""
-    values: set[str] = set()
+    """Give the distinct values of a label column, sorted, as text; null and empty ones are none."""
+    return sorted(count_labels(catalog, column))
+
+
+def count_labels(catalog: Catalog, column: str) -> Counter[str]:
+    """Count the rows of each of `read_classes`."""
+    counts: Counter[str] = Counter()
     for shard in catalog.shards:
         groups = range(len(shard.row_groups))
         cells = _read_column(catalog.sources[shard.source], shard, column, groups)
         # Arrow's text of a value, as the stream gives it: 1.0 is "1", True is "true".
-        found = cells.unique().cast(pa.string()).to_pylist()
-        values.update(value for value in found if value is not None)
-    return sorted(values)
+        found = cells.cast(pa.string()).value_counts().to_pylist()
+        counts.update({each["values"]: each["counts"] for each in found if each["values"]})
+    return counts
 
 
 def _read_column(

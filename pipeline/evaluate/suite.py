@@ -34,11 +34,28 @@ GEOMETRY_ROWS = 1024  # the first of all
 SAMPLE_ROWS = 400
 
 
+class RowSet(NamedTuple):
+    """Rows that a linear probe is fitted to (train) or tested on (test, or data.val's: val)."""
+
+    role: str
+    path: str
+    split: str
+
+
+def row_sets(task: LinearProbeTask, val: str) -> tuple[RowSet, RowSet]:
+    """What a probe is fitted to and what it is tested on; `val` is data.val."""
+    test = (
+        RowSet("val", val, "") if task.test is None else RowSet("test", task.test, task.test_split)
+    )
+    return RowSet("train", task.train, task.train_split), test
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probed:
-    """Rows that a linear probe is fitted to or tested on, and the columns of their labels."""
+    """A set of rows of linear probes, how many of them are used, and the columns of labels."""
 
     catalog: Catalog
+    max_rows: int
     labels: tuple[str, ...]
 
 
@@ -47,15 +64,15 @@ class Suite:
     """What is evaluated, on which rows; the same on every rank.
 
     `classes` gives the class names of each zero-shot task, in the order of `config.zero_shot`,
-    `probed` the sets of the linear probes by their paths, with data.val's under its own; `task` is
-    the kind of a run that is measured by its answers alone.
+    `probed` the sets of the linear probes; `task` is the kind of a run that is measured by its
+    answers alone.
     """
 
     config: EvaluateConfig
     catalog: Catalog
     recipe: Recipe
     classes: tuple[tuple[str, ...], ...]
-    probed: Mapping[str, Probed]
+    probed: Mapping[RowSet, Probed]
     val: str
     ingest_cpus: float
     task: str | None = None
@@ -140,11 +157,11 @@ def run_suite(
         torch.full((batch, suite.recipe.context_length), suite.recipe.tokenizer.end).int(),
     )
 
-    def read(catalog: Catalog, recipe: Recipe) -> Iterator[Batch]:
+    def read(catalog: Catalog, recipe: Recipe, max_rows: int) -> Iterator[Batch]:
         return eval_batches(
             catalog,
             recipe,
-            max_rows=suite.config.max_rows,
+            max_rows=max_rows,
             world_size=world_size,
             rank=rank,
             batch_size=batch,
@@ -152,7 +169,8 @@ def run_suite(
         )
 
     if suite.task is not None:
-        return _run_task(suite, model, read(suite.catalog, suite.recipe), blank, device)
+        batches = read(suite.catalog, suite.recipe, suite.config.max_rows)
+        return _run_task(suite, model, batches, blank, device)
 
     def forward(images: Tensor | None, tokens: Tensor | None) -> Parts:
         return model(images, tokens).parts
@@ -160,13 +178,14 @@ def run_suite(
     def match(states: Tensor, tokens: Tensor) -> Tensor:
         return model(None, tokens, None, None, states).matching
 
-    def embed(catalog: Catalog, labels: tuple[str, ...], **keeps: bool) -> Embedded:
-        batches = read(catalog, replace(suite.recipe, labels=labels))
+    def embed(catalog: Catalog, labels: tuple[str, ...], max_rows: int, **keeps: bool) -> Embedded:
+        batches = read(catalog, replace(suite.recipe, labels=labels), max_rows)
         return embed_rows(forward, batches, blank, device, **keeps)
 
     rows = embed(
         suite.catalog,
         suite.recipe.labels,
+        suite.config.max_rows,
         keeps_states=suite.config.rerank is not None,
         keeps_pictures=in_full,
     )
@@ -174,7 +193,10 @@ def run_suite(
     ranks = rank_by_contrast(rows.image, rows.text, rows.owners) if suite.config.retrieval else None
     metrics = dict(_measure(suite, match, rows, weights, ranks, device))
     if in_full:
-        found = {path: embed(each.catalog, each.labels) for path, each in suite.probed.items()}
+        found = {
+            rows: embed(each.catalog, each.labels, each.max_rows)
+            for rows, each in suite.probed.items()
+        }
         metrics |= dict(_probe(suite, found, world_size, rank))
     return metrics, _sample(suite, rows, weights, ranks)
 
@@ -261,7 +283,7 @@ def _run_task(
 
 
 def _probe(
-    suite: Suite, found: Mapping[str, Embedded], world_size: int, rank: int
+    suite: Suite, found: Mapping[RowSet, Embedded], world_size: int, rank: int
 ) -> Iterator[tuple[str, float]]:
     """The metrics of all probes; each is fitted on one rank."""
     asked = [(task, shots) for task in suite.config.linear_probe for shots in (None, *task.shots)]
@@ -280,19 +302,22 @@ def _probe(
 
 
 def _fit_probe(
-    suite: Suite, found: Mapping[str, Embedded], task: LinearProbeTask, shots: int | None
+    suite: Suite, found: Mapping[RowSet, Embedded], task: LinearProbeTask, shots: int | None
 ) -> Iterator[tuple[str, float]]:
-    def labelled(path: str) -> tuple[Tensor, list[str]]:
-        rows = found[path]
+    def labelled(chosen: RowSet) -> tuple[Tensor, list[str]]:
+        rows = found[chosen]
         image, text = rows.chosen(suite.config.embedding)
         features = image if task.modality == "image" else text[rows.first_captions]
         return features, rows.labels[task.column]
 
-    sets = *labelled(task.train), *labelled(task.test or suite.val)
+    train, test = row_sets(task, suite.val)
+    sets = *labelled(train), *labelled(test)
     name = f"linear_probe/{task.column}"
     if shots is None:
         yield f"{name}/accuracy", linear_probe(*sets)
         yield f"{name}/chance", chance(sets[3])
+        yield f"{name}/train_rows", sum(map(bool, sets[1]))
+        yield f"{name}/test_rows", sum(map(bool, sets[3]))
     else:
         mean, spread = few_shot(*sets, shots=shots)
         yield f"{name}/{shots}_shots/accuracy", mean

@@ -134,8 +134,10 @@ def _with_probes(config: Config, say: Say) -> Config:
         if task.column in probed:
             continue
         try:
-            path = _training_set(config, task.column)
-            more.append(LinearProbeTask(column=task.column, train=path, shots=SHOTS))
+            path, split = _training_set(config, task.column)
+            more.append(
+                LinearProbeTask(column=task.column, train=path, train_split=split, shots=SHOTS)
+            )
         except UserError as error:
             say(f"no probe of {task.column}: {error}")
     probes = (*config.evaluate.linear_probe, *more)
@@ -143,8 +145,8 @@ def _with_probes(config: Config, say: Say) -> Config:
     return config.model_copy(update={"evaluate": evaluate})
 
 
-def _training_set(config: Config, column: str) -> str:
-    """The path of training rows with labels to fit a probe to. Raises `UserError` without."""
+def _training_set(config: Config, column: str) -> tuple[str, str]:
+    """Path and split of training rows with labels to fit a probe to. Raises `UserError` without."""
     sources = config.data.train
     found, refused = [], []
     for source in sources:
@@ -162,21 +164,19 @@ def _training_set(config: Config, column: str) -> str:
     return found[0]
 
 
-def _labelled_rows(data: DataConfig, source: SourceConfig, column: str) -> str:
-    """The path of a source that a probe can be fitted to. Raises `UserError` of any other."""
+def _labelled_rows(data: DataConfig, source: SourceConfig, column: str) -> tuple[str, str]:
+    """Path and split of a source that a probe can be fitted to. Raises `UserError` of any other."""
     if source.image_column or source.caption_column:
         raise UserError(f"data.train: names columns of its own, data.val has others; {_REMEDY}")
     split = source.split or data.train_split
     catalog = read_catalog(
         source.path, "data.train", data.image_column, data.caption_column, [column], split
     )
-    if catalog.sources[0].columns.split:
-        raise UserError(f"data.train: is a part of {source.path}, chosen by its splits; {_REMEDY}")
-    if source.path == data.val:
+    if source.path == data.val and not catalog.sources[0].columns.split:
         raise UserError(f"data.train: {source.path} is data.val too; {_REMEDY}")
     if len(read_classes(catalog, column)) < 2:
         raise UserError(f"data.train: '{column}' has fewer than two labels there; {_REMEDY}")
-    return source.path
+    return source.path, split
 
 
 def _tuned_from(start: RunFolder, say: Say) -> Iterator[tuple[RunFolder, RunRecord]]:

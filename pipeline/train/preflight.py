@@ -16,7 +16,7 @@ import torch
 
 from pipeline.config.load import parse_config
 from pipeline.config.plan import Facts, Plan, find_contradictions, make_plan, resize
-from pipeline.config.schema import Config, WorkersRange
+from pipeline.config.schema import Config, LinearProbeTask, WorkersRange
 from pipeline.data.answers import AnswerList
 from pipeline.data.augment import read_synonyms
 from pipeline.data.clean import clean_captions
@@ -25,6 +25,7 @@ from pipeline.data.layout import (
     Catalog,
     are_labels,
     count_answers,
+    count_labels,
     mix,
     read_captions,
     read_catalog,
@@ -32,7 +33,8 @@ from pipeline.data.layout import (
 )
 from pipeline.data.text import Tokenizer, load_tokenizer, train_tokenizer
 from pipeline.errors import Problem, UserError, raise_problems
-from pipeline.evaluate.suite import Probed, Suite, make_recipe
+from pipeline.evaluate.probe import HELD_BACK
+from pipeline.evaluate.suite import Probed, RowSet, Suite, make_recipe, row_sets
 from pipeline.tracking.tracker import check_reachable, tracking_uri
 from pipeline.train.start import check_start
 from pipeline.train.store import RunFolder, RunRecord
@@ -213,7 +215,7 @@ def _suite(
     tokenizer: Tokenizer,
     val: Catalog,
     classes: tuple[tuple[str, ...], ...],
-    probed: dict[str, Probed],
+    probed: dict[RowSet, Probed],
     asked: Asked | None,
 ) -> Suite:
     return Suite(
@@ -424,26 +426,55 @@ def _read_classes(config: Config, val: Catalog | None) -> tuple[tuple[str, ...],
     return tuple(classes)
 
 
-def _read_probed(config: Config) -> dict[str, Probed]:
-    """The sets that linear probes are fitted to and tested on, by path, with their labels."""
-    data, val = config.data, config.data.val or ""
-    places: dict[str, str] = {}
-    labels: dict[str, list[str]] = {}
-    for index, task in enumerate(config.evaluate.linear_probe):
-        place = f"evaluate.linear_probe.{index}"
-        for path, name in ((task.train, f"{place}.train"), (task.test or val, f"{place}.test")):
-            places.setdefault(path, name)
-            labels.setdefault(path, []).append(task.column)
+def _read_probed(config: Config) -> dict[RowSet, Probed]:
+    """The sets that linear probes are fitted to and tested on, with their labels."""
+    data, tasks = config.data, config.evaluate.linear_probe
+    places: dict[RowSet, str] = {}
+    labels: dict[RowSet, list[str]] = {}
+    for index, task in enumerate(tasks):
+        for rows in row_sets(task, data.val or ""):
+            is_val = rows.role == "val"
+            place = "data.val" if is_val else f"evaluate.linear_probe.{index}.{rows.role}"
+            places.setdefault(rows, place)
+            labels.setdefault(rows, []).append(task.column)
     probed = {}
-    for path, place in places.items():
-        columns = list(dict.fromkeys(labels[path]))
-        is_val = path == data.val
+    for rows, place in places.items():
+        is_val = rows.role == "val"
+        columns = tuple(dict.fromkeys(labels[rows]))
         catalog = read_catalog(
-            path, place, data.image_column, data.caption_column, columns,
-            data.val_split if is_val else "all",
+            rows.path, place, data.image_column, data.caption_column, columns,
+            data.val_split if is_val else rows.split,
         )  # fmt: skip
-        probed[path] = Probed(catalog=catalog, labels=tuple(columns))
+        most = config.evaluate.max_rows if is_val else catalog.num_rows
+        probed[rows] = Probed(catalog=catalog, max_rows=most, labels=columns)
+    for index, task in enumerate(tasks):
+        train, test = (probed[rows].catalog for rows in row_sets(task, data.val or ""))
+        _check_probe(f"evaluate.linear_probe.{index}", task, train, test)
     return probed
+
+
+def _check_probe(place: str, task: LinearProbeTask, train: Catalog, test: Catalog) -> None:
+    """Whether there is enough to fit and to test, and nothing in both. Raises `UserError`."""
+    fitted, tested = ({shard.path for shard in each.shards if shard.num_rows}
+                      for each in (train, test))  # fmt: skip
+    splits = [set(each.sources[0].columns.split or ()) for each in (train, test)]
+    shared = sorted(fitted & tested)
+    if shared and (not all(splits) or splits[0] & splits[1]):
+        raise UserError(
+            f"{place}: it would be tested on rows that it is fitted to, those of {shared[0]}: name "
+            "others with train and test, or a part of each with train_split and test_split"
+        )
+    known, asked = count_labels(train, task.column), count_labels(test, task.column)
+    least = min(sum(min(count, shots) for count in known.values())
+                for shots in (known.total(), *task.shots))  # fmt: skip
+    if len(known) < 2 or least < HELD_BACK or not known.keys() & asked.keys():
+        raise UserError(
+            f"{place}: of column '{task.column}' there are {known.total():,} rows of {len(known)} "
+            f"label(s) to fit to, {least:,} of them at the fewest shots, and {asked.total():,} of "
+            f"{len(asked)} to test on, with {len(known.keys() & asked.keys())} label(s) in both; "
+            f"two labels, {HELD_BACK} rows and one label in both are the least: name another "
+            "column or other rows"
+        )
 
 
 def _read_class_file(path: str, place: str) -> list[str]:

@@ -14,7 +14,7 @@ from pipeline.errors import RunStop
 from pipeline.evaluate.embed import Embedded, Parts, embed_rows
 from pipeline.evaluate.gallery import classified_cases, retrieval_cases
 from pipeline.evaluate.retrieval import rank_by_contrast
-from pipeline.evaluate.suite import Suite, _probe
+from pipeline.evaluate.suite import RowSet, Suite, _probe, row_sets
 from tests.tiny import tiny_batch, tiny_pairs, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -61,6 +61,11 @@ def _suite(probes: tuple[LinearProbeTask, ...]) -> Suite:
     )
 
 
+def _both(rows: Embedded) -> dict[RowSet, Embedded]:
+    """The rows that a probe is fitted to and tested on."""
+    return dict.fromkeys(row_sets(PROBES[0], "/t"), rows)
+
+
 def _found(shares: list[list[int]]) -> dict[str, Any]:
     rows = _rows(shares)
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -69,9 +74,9 @@ def _found(shares: list[list[int]]) -> dict[str, Any]:
     images, captions = retrieval_cases(rows, ranks, tiny_tokenizer())
     shown = classified_cases(rows, rows.labels["half"], ["dark", "light"], classes)
     with pytest.raises(RunStop, match="1 class"):
-        dict(_probe(_suite(PROBES), {"/t": rows}, world, rank))
+        dict(_probe(_suite(PROBES), _both(rows), world, rank))
     return {
-        "probes": dict(_probe(_suite(PROBES[:2]), {"/t": rows}, world, rank)),
+        "probes": dict(_probe(_suite(PROBES[:2]), _both(rows), world, rank)),
         "answers": [(each.pictures.tolist(), each.said, each.answers) for each in shown],
         "images": [(each.text, each.pictures.tolist(), each.right, each.rank) for each in images],
         "captions": [(each.picture.tolist(), *each[1:]) for each in captions],

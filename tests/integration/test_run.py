@@ -233,6 +233,10 @@ def test_zero_3_in_bf16_with_accumulation_and_every_structure(tmp_path: Path) ->
     assert first.keys() == second.keys()
     assert "geometry/orthogonality_image" in first
     assert first["linear_probe/shape/accuracy"] > 0
+    shapes = pq.read_table(tmp_path / "data" / "train", columns=["shape"]).column("shape")
+    labelled = len(shapes) - shapes.null_count
+    assert first["linear_probe/shape/train_rows"] == labelled > 21
+    assert 0 < first["linear_probe/shape/test_rows"] <= 21
     assert "linear probe, shape, 5 shots" in output
     assert len(points(tmp_path / "runs", "eval/linear_probe/shape/chance")) == 1, "at the end only"
     assert "a second, augmented view" in output

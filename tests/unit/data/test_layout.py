@@ -142,6 +142,8 @@ def test_other_formats_are_refused_with_how_to_prepare(
         (["restval", "test"], "data.train", "auto", ("restval",)),
         (["validation", "test"], "data.val", "auto", ("validation",)),
         (["test", "train"], "data.val", "auto", ("test",)),
+        (["val", "test"], "evaluate.linear_probe.0.test", "auto", ("test",)),
+        (["train", "test"], "evaluate.linear_probe.0.train", "auto", ("train",)),
         (["train", "val"], "data.train", "val", ("val",)),
         (["train", "val"], "data.train", "all", ()),
         (["train", "train"], "data.train", "auto", ()),

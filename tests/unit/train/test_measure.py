@@ -75,13 +75,11 @@ def test_of_a_mixture_the_source_with_labels_is_probed(scenes: Path, tmp_path: P
 
 def test_what_cannot_be_probed_is_told_with_its_reason(scenes: Path, tmp_path: Path) -> None:
     table = pq.read_table(next((scenes / "train").glob("*.parquet")))
-    half = pa.array(["train" if row % 2 else "val" for row in range(len(table))])
     for name, changed in {
         "bare": table.drop_columns(["shape"]),
         "one": table.set_column(
             table.schema.get_field_index("shape"), "shape", pa.array(["x"] * len(table))
         ),
-        "split": table.set_column(table.schema.get_field_index("split"), "split", half),
     }.items():
         (tmp_path / name).mkdir()
         pq.write_table(changed, tmp_path / name / "part.parquet")
@@ -89,7 +87,6 @@ def test_what_cannot_be_probed_is_told_with_its_reason(scenes: Path, tmp_path: P
     reasons = {
         str(tmp_path / "bare"): "has no column 'shape'",
         str(tmp_path / "one"): "'shape' has fewer than two labels",
-        str(tmp_path / "split"): "chosen by its splits",
         str(scenes / "val"): "is data.val too",
         str(tmp_path / "none"): "does not exist",
         "two": "2 of its 2 sources can be probed, and one is wanted",

@@ -1,4 +1,5 @@
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,6 +128,85 @@ def test_one_class_is_no_classification(pairs: dict[str, str], tmp_path: Path) -
     val = write_pairs(tmp_path / "val", 4, shape=[LABELS[0]] * 4)
     with pytest.raises(UserError, match=r"has 1 class\(es\); classification needs two or more"):
         prepare(_config(pairs, tmp_path, data={"val": str(val)}, evaluate=_zero_shot()))
+
+
+def _probe(**task: object) -> dict:
+    return {"linear_probe": [{"column": "shape", **task}]}
+
+
+def _probed(prepared: Prepared) -> dict[str, tuple[int, int]]:
+    """Of each set of a probe, by its role, the rows that are there and the most that are used."""
+    assert prepared.suite is not None
+    found = prepared.suite.probed.items()
+    return {rows.role: (each.catalog.num_rows, each.max_rows) for rows, each in found}
+
+
+def test_a_probe_uses_all_its_rows_and_of_data_val_what_is_measured(
+    pairs: dict[str, str], tmp_path: Path
+) -> None:
+    probe = _probe(train=pairs["train"])
+    found = prepare(_config(pairs, tmp_path, evaluate={**probe, "max_rows": 5}))
+    assert _probed(found) == {"train": (64, 64), "val": (12, 5)}
+    other = str(write_pairs(tmp_path / "other", 9))
+    probe = _probe(train=pairs["train"], test=other)
+    found = prepare(_config(pairs, tmp_path, evaluate={**probe, "max_rows": 5}))
+    assert _probed(found) == {"train": (64, 64), "test": (9, 9)}
+
+
+def test_a_probe_takes_its_parts_of_one_folder(pairs: dict[str, str], tmp_path: Path) -> None:
+    split = ["train"] * 20 + ["val"] * 6 + ["test"] * 4
+    path = str(write_pairs(tmp_path / "all", 30, split=split))
+    found = prepare(_config(pairs, tmp_path, data={"val": path}, evaluate=_probe(train=path)))
+    assert _probed(found) == {"train": (20, 20), "val": (6, 10_000)}
+    probe = _probe(train=path, test=path)
+    assert _probed(prepare(_config(pairs, tmp_path, evaluate=probe))) == {
+        "train": (20, 20),
+        "test": (4, 4),
+    }
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ({"train": "VAL"}, r"linear_probe.0: it would be tested on rows that it is fitted to, th"),
+        ({"train": "VAL/*.parquet"}, "tested on rows that it is fitted to"),
+        ({"train": "VAL/part-0.parquet"}, "tested on rows that it is fitted to"),
+        ({"train": "TRAIN", "test": "TRAIN"}, "tested on rows that it is fitted to"),
+        ({"train": "SPLIT", "train_split": "all", "test": "SPLIT"}, "tested on rows that it is"),
+        ({"train": "SPLIT", "test": "SPLIT", "test_split": "train"}, "tested on rows that it is"),
+        ({"train": "SPLIT", "test": "SPLIT", "test_split": "odd"},
+         r"linear_probe.0.test_split: is odd; column 'split' holds \['test', 'train', 'val'\]"),
+        ({"train": "ONE"}, r"probe.0: of column 'shape' there are 8 rows of 1 label\(s\) to fit"),
+        ({"train": "TRAIN", "shots": [5, 1]}, "there are 64 rows of 3 .* 3 of them at the fewest"),
+        ({"train": "OTHERS"}, r"12 of 3 to test on, with 0 label\(s\) in both; two labels, 5 rows"),
+    ],
+)  # fmt: skip
+def test_a_probe_that_says_nothing_is_refused_first(
+    pairs: dict[str, str], tmp_path: Path, task: dict, said: str
+) -> None:
+    split = ["train"] * 20 + ["val"] * 6 + ["test"] * 4
+    sets = {
+        "TRAIN": pairs["train"],
+        "VAL": pairs["val"],
+        "SPLIT": str(write_pairs(tmp_path / "all", 30, split=split)),
+        "ONE": str(write_pairs(tmp_path / "one", 8, shape=["star"] * 8)),
+        "OTHERS": str(write_pairs(tmp_path / "others", 8, shape=["a", "b"] * 4)),
+    }
+    named = {
+        key: re.sub("[A-Z]+", lambda found: sets[found[0]], value)
+        if key in {"train", "test"}
+        else value
+        for key, value in task.items()
+    }
+    with pytest.raises(UserError, match=said):
+        prepare(_config(pairs, tmp_path, evaluate=_probe(**named)))
+
+
+def test_an_empty_label_is_no_class(pairs: dict[str, str], tmp_path: Path) -> None:
+    shape = ["star", "", "cross", None] * 3
+    val = str(write_pairs(tmp_path / "val", 12, shape=shape))
+    found = prepare(_config(pairs, tmp_path, data={"val": val}, evaluate=_zero_shot()))
+    assert _classes(found) == (("cross", "star"),)
 
 
 def test_every_problem_is_told_at_once(pairs: dict[str, str], tmp_path: Path) -> None:
