@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.train.checkpoint import read_meta
 from pipeline.train.publish import Damaged, fetched
 from pipeline.train.store import RunFolder, RunRecord
-from pipeline.train.task import Module, build_module
+from pipeline.train.task import Module, build_as
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +50,7 @@ def read_trained(folder: RunFolder, record: RunRecord, checkpoint: str | None) -
     try:
         with fetched(folder, name) as files:
             meta = read_meta(files)
-            module = _build(config, record, meta)
+            module = build_as(config, record.tokenizer, record.asked, meta)
             module.load_state_dict(load_weights(files, meta["zero_stage"]))
     except Damaged as damage:
         raise UserError(
@@ -65,16 +65,3 @@ def read_trained(folder: RunFolder, record: RunRecord, checkpoint: str | None) -
         meta=meta,
         module=module.float().eval(),
     )
-
-
-def _build(config: Config, record: RunRecord, meta: dict[str, Any]) -> Module:
-    like = meta.get("architecture")
-    if like is None:  # a checkpoint of an older version
-        return build_module(config, record.tokenizer, record.asked)
-    model, nothing = config.model, {"pretrained": None}
-    parts = {
-        "image": model.image.model_copy(update=nothing),
-        "text": model.text.model_copy(update=nothing),
-    }
-    plain = config.model_copy(update={"model": model.model_copy(update={**nothing, **parts})})
-    return build_module(plain, record.tokenizer, record.asked, like)

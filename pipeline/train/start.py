@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.config.load import parse_config
 from pipeline.config.schema import Config
+from pipeline.data.decode import Asked
 from pipeline.data.text import Tokenizer, load_tokenizer
 from pipeline.engine.zero import load_weights
 from pipeline.errors import RunStop, UserError
@@ -21,6 +22,7 @@ from pipeline.train.checkpoint import read_meta
 from pipeline.train.module import TOWERS
 from pipeline.train.outside import check_outside, find_outside, read_weights
 from pipeline.train.store import RunFolder, RunRecord
+from pipeline.train.task import Module, build_as
 
 LOG = logging.getLogger(__name__)
 SAME = ("kind", "embed_dim", "image.patch", "image.stem", "image.width", "image.layers",
@@ -91,6 +93,19 @@ def _get(values: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         values = values[part]
     return values
+
+
+def build_start(config: Config, tokenizer: Tokenizer, asked: Asked | None, folder: Path) -> Module:
+    """Build a run's module to begin as the checkpoint in `folder`: see `load_start`.
+
+    Of a fusion model what a pretrained ViT or BERT had decided there (activations, vocabulary)
+    holds here too. Of two towers `check_start` has compared it. Raises `RunStop` as `load_start`.
+    """
+    is_fusion = config.model.kind == "fusion"
+    meta = read_meta(folder) if is_fusion else {}
+    module = build_as(config, tokenizer, asked, meta)
+    load_start(module, folder)
+    return module
 
 
 def load_start(module: nn.Module, folder: Path) -> None:

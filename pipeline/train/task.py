@@ -50,6 +50,25 @@ def build_module(
     return build_task(config, tokenizer, asked, like)
 
 
+def build_as(
+    config: Config, tokenizer: Tokenizer, asked: Asked | None, meta: Mapping[str, Any]
+) -> Module:
+    """Build a module as that of the checkpoint with this `meta`, whose weights are to be loaded.
+
+    What a pretrained model has decided is taken from there; the model is not loaded again.
+    """
+    like = meta.get("architecture")
+    if like is None:  # one of an older version
+        return build_module(config, tokenizer, asked)
+    model, nothing = config.model, {"pretrained": None}
+    parts = {
+        "image": model.image.model_copy(update=nothing),
+        "text": model.text.model_copy(update=nothing),
+    }
+    plain = config.model_copy(update={"model": model.model_copy(update={**nothing, **parts})})
+    return build_module(plain, tokenizer, asked, like)
+
+
 def build_task(
     config: Config,
     tokenizer: Tokenizer,

@@ -44,10 +44,10 @@ from pipeline.train.objective import Objective, build_momentum, build_objective
 from pipeline.train.outside import load_on_all
 from pipeline.train.publish import Sender, agreed, fetch_derived, forget_after, keep
 from pipeline.train.pulse import Pulse
-from pipeline.train.start import load_outside, load_start, starting_run
+from pipeline.train.start import build_start, load_outside, starting_run
 from pipeline.train.step import train_step
 from pipeline.train.store import RunFolder
-from pipeline.train.task import Module, TaskObjective, build_module, build_task_objective
+from pipeline.train.task import Module, TaskObjective, build_as, build_module, build_task_objective
 
 LOG = logging.getLogger(__name__)
 LAST_TRIES = 5  # to send the last checkpoint of a run
@@ -112,12 +112,13 @@ def evaluate_worker(job: EvaluationJob) -> None:
     world_size, rank = context.get_world_size(), context.get_world_rank()
     device = ray.train.torch.get_device()
     _set_up_torch(job.config, device)
-    module = build_module(job.config, job.tokenizer, job.suite.recipe.asked)
     try:
         with _agreed(RunFolder.of(job.storage, job.run_name), [job.name]) as found:
             assert found is not None, "one was named"
             _, folder = found
-            module.load_state_dict(load_weights(folder, read_meta(folder)["zero_stage"]))
+            meta = read_meta(folder)
+            module = build_as(job.config, job.tokenizer, job.suite.recipe.asked, meta)
+            module.load_state_dict(load_weights(folder, meta["zero_stage"]))
         dtype = torch.bfloat16 if job.config.engine.precision == "bf16" else torch.float32
         module.to(device, dtype).eval()
         metrics, sample = run_suite(job.suite, module, device, world_size, rank, in_full=True)
@@ -267,15 +268,17 @@ class _Trainer:
 
     def _restore(self) -> None:
         """Build engine and loss, with the state of the newest checkpoint that is whole."""
-        module = build_module(self.config, self.job.tokenizer, self.job.asked)
         with _agreed(self.folder, self.folder.checkpoints()) as found:
             name, folder = found or ("", None)
-            is_resized = folder is not None and read_meta(folder)["world_size"] != self.world_size
+            meta = None if folder is None else read_meta(folder)
+            is_resized = meta is not None and meta["world_size"] != self.world_size
             if folder is not None and is_resized and self.local_rank == 0:
                 fetch_derived(self.folder, f"{name}/{UNIVERSAL}", folder / UNIVERSAL)
             device = ray.train.torch.get_device()
-            if folder is None and self.config.model.init is not None:
-                self._start(module)
+            if meta is not None:
+                module = build_as(self.config, self.job.tokenizer, self.job.asked, meta)
+            else:
+                module = self._start()
             self.momentum = build_momentum(self.config, module, device)
             self.engine = Engine(
                 module,
@@ -302,18 +305,18 @@ class _Trainer:
                 if (folder / UNIVERSAL).exists():
                     keep(self.folder, f"{name}/{UNIVERSAL}", folder / UNIVERSAL)
 
-    def _start(self, module: Module) -> None:
-        """Begin with the weights of another run, or of a model from elsewhere."""
+    def _start(self) -> Module:
+        """Begin with new weights, or with those of another run or of a model from elsewhere."""
         init = self.config.model.init
-        assert init is not None, "it is asked for where there is one"
+        module = build_module(self.config, self.job.tokenizer, self.job.asked)
         place = f"rank {self.rank} on {ray.util.get_node_ip_address()}"
-        if load_on_all(partial(load_outside, module, init), init, gather, place):
-            return
+        if init is None or load_on_all(partial(load_outside, module, init), init, gather, place):
+            return module
         run = starting_run(self.config)
         with _agreed(run, run.checkpoints()) as found:
             if found is None:
                 raise RunStop(f"model.init: {run.url} has lost its checkpoints; put them back")
-            load_start(module, found[1])
+            return build_start(self.config, self.job.tokenizer, self.job.asked, found[1])
 
     def _build_objective(self, module: Module) -> Objective | TaskObjective:
         if self.config.task is not None:

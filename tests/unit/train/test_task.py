@@ -1,12 +1,14 @@
 """Fine-tuning: what is built for each kind, its loss against a literal one, where it starts."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
 import torch
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from pipeline.config.schema import Config
 from pipeline.data.answers import AnswerList
@@ -14,8 +16,8 @@ from pipeline.data.batches import Batch
 from pipeline.data.decode import ANSWERS, NO_ANSWER, Asked
 from pipeline.errors import RunStop, UserError
 from pipeline.models.heads import Answerer, Assigner, Classifier, TaskOutputs
-from pipeline.train.module import build_pretraining
-from pipeline.train.start import check_start, load_start
+from pipeline.train.module import architecture, build_pretraining
+from pipeline.train.start import build_start, check_start, load_start
 from pipeline.train.store import RunFolder, RunRecord
 from pipeline.train.task import (
     AnswerObjective,
@@ -25,7 +27,15 @@ from pipeline.train.task import (
     distinct_answers,
     encode_answers,
 )
-from tests.tiny import CONV, FUSION, tiny_batch, tiny_config, tiny_tokenizer
+from tests.tiny import (
+    CONV,
+    FUSION,
+    tiny_batch,
+    tiny_config,
+    tiny_pairs,
+    tiny_tokenizer,
+    tiny_values,
+)
 
 LABELS = AnswerList(names=("false", "true"), is_open=False)
 WORDS = AnswerList(names=("red", "a large square", "2"), is_open=True)
@@ -201,6 +211,37 @@ def test_a_task_starts_from_a_pretrained_run(tmp_path: Path) -> None:
     layer = module.decoder.encoder.layer[0].state_dict()
     for name, value in module.towers.fusion_encoder.layer[0].state_dict().items():
         assert torch.equal(layer[name], value), name
+
+
+def test_a_task_keeps_what_pretrained_parts_decided(tmp_path: Path) -> None:
+    """Activations and the vocabulary of the ViT and BERT that the starting run began with."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 64}
+    vision = ViTConfig(**sizes, num_hidden_layers=2, image_size=16, patch_size=8, hidden_act="relu")
+    ViTModel(vision, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
+    words = BertConfig(**sizes, num_hidden_layers=4, vocab_size=333, hidden_act="gelu_new")
+    BertModel(words, add_pooling_layer=False).save_pretrained(tmp_path / "bert")
+    model = {
+        **FUSION,
+        "image": {**tiny_values()["model"]["image"], "pretrained": str(tmp_path / "vit")},
+        "text": {**tiny_values()["model"]["text"], "pretrained": str(tmp_path / "bert")},
+    }
+    first = tiny_config(model=model)
+    _run(tmp_path, first)
+    step = tmp_path / "first" / "step-00000004"
+    theirs = build_pretraining(first, tiny_tokenizer()).eval()
+    meta = {"zero_stage": 0, "architecture": architecture(theirs)}
+    (step / "meta.json").write_text(json.dumps(meta))
+    for part in ("vit", "bert"):
+        shutil.rmtree(tmp_path / part)  # they are not loaded again
+    config = _config("vqa", model={**FUSION, "init": str(tmp_path / "first")})
+    module = build_start(config, tiny_tokenizer(), Asked(answers=WORDS), step).eval()
+    images, tokens = tiny_pairs(3)
+    with torch.no_grad():
+        for found, expected in (
+            (module.towers.encode_images(images), theirs.towers.encode_images(images)),
+            (module.towers.encode_texts(tokens)[0], theirs.towers.encode_texts(tokens)[0]),
+        ):
+            torch.testing.assert_close(found, expected)
 
 
 def test_heads_are_new_and_a_second_stack_follows_the_model(tmp_path: Path) -> None:
