@@ -555,10 +555,21 @@ class OptimConfig(Section):
     )
     schedule: Literal["cosine", "constant"] = Field(
         default="cosine",
-        description="The rate after the warm-up: falls along a half cosine to zero at the run's "
-        "end, or stays.",
+        description="The rate after the warm-up: falls along a half cosine to `min_lr` at the "
+        "run's end, or stays.",
+    )
+    min_lr: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="What a cosine ends at; the prior's rate falls by the same factor."
     )
     grad_clip: PositiveFloat = Field(default=1.0, description="Largest global gradient norm.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr is {self.min_lr:g}; it must not be above lr {self.lr:g}")
+        if self.min_lr and self.schedule == "constant":
+            raise ValueError(f"min_lr is {self.min_lr:g}; a constant rate does not fall: leave it")
+        return self
 
 
 class EngineConfig(Section):

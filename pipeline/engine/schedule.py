@@ -5,11 +5,16 @@ from typing import Literal
 
 
 def lr_factor(
-    samples: int, *, warmup: int, total: int, schedule: Literal["cosine", "constant"]
+    samples: int,
+    *,
+    warmup: int,
+    total: int,
+    schedule: Literal["cosine", "constant"],
+    least: float = 0.0,
 ) -> float:
     """Give the factor on the peak rate for the step that has `samples` pairs behind it.
 
-    Rises linearly over `warmup` samples, then stays, or falls along a half cosine to zero at
+    Rises linearly over `warmup` samples, then stays, or falls along a half cosine to `least` at
     `total` samples.
     """
     if samples < warmup:
@@ -17,4 +22,4 @@ def lr_factor(
     if schedule == "constant":
         return 1.0
     progress = min(1.0, (samples - warmup) / max(1, total - warmup))
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return least + (1.0 - least) * 0.5 * (1.0 + math.cos(math.pi * progress))

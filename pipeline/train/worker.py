@@ -343,6 +343,7 @@ class _Trainer:
             warmup=plan.warmup_samples,
             total=plan.samples,
             schedule=config.optim.schedule,
+            least=config.optim.min_lr / config.optim.lr,
         )
         result = train_step(
             self.engine,

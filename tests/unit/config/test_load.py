@@ -99,6 +99,8 @@ def test_nested_unknown_key_is_named_in_its_own_section(tmp_path: Path) -> None:
         ("model.image={size: 24, patch: 12, stem: conv}", "patch is 12; with stem conv it is 2, 4"),
         ("model.image={stem: conv, pretrained: org/vit}", "a pretrained ViT (org/vit) reads patch"),
         ("model.text.heads=3", "heads is 3; it must divide width 16"),
+        ("optim={lr: 1e-4, min_lr: 1e-3}", "min_lr is 0.001; it must not be above lr 0.0001"),
+        ("optim={min_lr: 1e-5, schedule: constant}", "a constant rate does not fall"),
         ("train.epochs=1", "exactly one of samples and epochs"),
         ("name=a/b", "name: is 'a/b'"),
         ("evaluate.zero_shot=[{column: c, prompts: [none]}]", "each needs one {} for the class"),

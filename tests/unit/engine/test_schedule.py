@@ -21,11 +21,20 @@ def test_warm_up_peak_and_end() -> None:
     assert lr_factor(900, warmup=100, total=1100, schedule="constant") == 1.0
 
 
-@given(st.integers(0, 2000), st.integers(0, 1000), st.integers(1, 2000))
-def test_always_a_share(samples: int, warmup: int, total: int) -> None:
-    factor = lr_factor(samples, warmup=warmup, total=total, schedule="cosine")
+def test_a_cosine_ends_at_the_least_rate() -> None:
+    def at(samples: int) -> float:
+        return lr_factor(samples, warmup=100, total=1100, schedule="cosine", least=0.1)
+
+    assert at(50) == pytest.approx(0.505, abs=0.01)
+    assert (at(100), at(600), at(1100)) == pytest.approx((1.0, 0.55, 0.1))
+
+
+@given(st.integers(0, 2000), st.integers(0, 1000), st.integers(1, 2000), st.floats(0, 1))
+def test_always_a_share(samples: int, warmup: int, total: int, least: float) -> None:
+    factor = lr_factor(samples, warmup=warmup, total=total, schedule="cosine", least=least)
     assert 0 <= factor <= 1
     assert math.isfinite(factor)
+    assert samples < warmup or factor >= least * (1 - 1e-12)
 
 
 def test_norms_biases_and_logit_scale_do_not_decay() -> None:
