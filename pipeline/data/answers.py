@@ -16,7 +16,7 @@ NUMBERS = {
     "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
 }  # fmt: skip
 ARTICLES = {"a", "an", "the"}
-PERIOD = re.compile(r"(?<!\d)\.(?!\d)")
+PERIOD = re.compile(r"\.(?!\d)")
 COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
 PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!]")
 

@@ -26,7 +26,8 @@ from pipeline.data.text import Tokenizer
 
 REASONS = (
     *get_args(image_module.Reason), *get_args(Absence), "empty_caption",
-    "empty_text", "unlisted_answer", "answers_not_aligned", "not_two_images",  # of a task
+    "empty_text", "unlisted_answer", "answers_not_aligned", "too_many_answers",  # of a task
+    "not_two_images",
 )  # fmt: skip
 GOOD = -1
 ANSWERS = 10  # of one question, of as many people: what a row keeps
@@ -282,13 +283,14 @@ class Decode:
             return ["answers_not_aligned"], clean != plain, 0
         said: list[str | Text] = []
         for text, own in zip(clean, given, strict=True):
-            numbers = recipe.asked.answers.numbers(own)[:ANSWERS]
+            numbers = recipe.asked.answers.numbers(own)
             # Evaluation keeps what people answered beyond an open list: it counts as wrong.
             is_kept = any(number >= 0 for number in numbers) or (
                 own and not recipe.train and recipe.asked.answers.is_open
             )
-            said.append("empty_text" if not text else (text, numbers) if is_kept else
-                        "unlisted_answer")  # fmt: skip
+            said.append("empty_text" if not text else
+                        "too_many_answers" if len(own) > ANSWERS else
+                        (text, numbers) if is_kept else "unlisted_answer")  # fmt: skip
         useless = sum(isinstance(each, str) for each in said)
         return said, clean != plain, useless if useless < len(said) else 0
 

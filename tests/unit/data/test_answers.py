@@ -76,7 +76,7 @@ def _numbers(block: dict[str, Any]) -> list[list[int]]:
     [
         ("Yes.", "yes"), ("two", "2"), ("a red cat", "red cat"), ("The  Top-Left!", "top left"),
         ("1,000", "1000"), ("3.5", "3.5"), ("it's 10:30", "it's 10:30"), ("none", "0"),
-        ("what?", "what"), ("the", ""),
+        ("what?", "what"), ("the", ""), ("5.", "5"), ("0.5 m.", "0.5 m"),
     ],
 )  # fmt: skip
 def test_answers_are_compared_in_a_plain_form(given: str, plain: str) -> None:
@@ -226,6 +226,14 @@ def test_answers_that_are_not_as_many_as_the_questions_are_not_guessed(tmp_path:
     )
     block = _decoded(folder, OPEN)
     assert _reasons(block) == ["answers_not_aligned", ""], "one question may have many answers"
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_more_answers_than_are_kept_are_not_cut_unseen(tmp_path: Path, train: bool) -> None:
+    answers = [["red"] * ANSWERS, ["two"] * ANSWERS + ["red"]]
+    question = ["is it red"] * 2
+    folder = _write(tmp_path, image=[_png(1), _png(2)], question=question, answers=answers)
+    assert _reasons(_decoded(folder, OPEN, train=train)) == ["", "too_many_answers"]
 
 
 def test_two_pictures_are_two_and_no_fewer(tmp_path: Path) -> None:
