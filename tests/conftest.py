@@ -23,7 +23,7 @@ def local_ray() -> Iterator[None]:
         "local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
     )
     yield
-    # Executions of Ray Data that were left half read end while there is a Ray: collected after it,
-    # one held a later test for as long as pytest lets a test last.
+    # What Ray Data was reading for a generator that was dropped half way ends with that: after the
+    # shutdown it would start another Ray, and wait for it as long as pytest lets a test last.
     gc.collect()
     ray.shutdown()

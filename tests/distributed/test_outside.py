@@ -12,7 +12,7 @@ from jobs.bench.ranks import run_ranks
 from pipeline.errors import RunStop
 from pipeline.export.forms import export_run
 from pipeline.train import worker
-from tests.tiny import tiny_config, tiny_module
+from tests.tiny import tiny_config, tiny_module, tiny_tokenizer
 from tests.tiny_run import publish_module
 
 
@@ -24,11 +24,12 @@ def _start(root: str, names: list[str]) -> str:
     if names[rank]:
         init.symlink_to(Path(root) / names[rank])
     config = tiny_config(model={"init": str(init)})
-    this: Any = SimpleNamespace(config=config, rank=rank)
+    job = SimpleNamespace(tokenizer=tiny_tokenizer(), asked=None)
+    this: Any = SimpleNamespace(config=config, rank=rank, job=job)
     address: Any = lambda: f"10.0.0.{rank}"  # noqa: E731
     worker.ray.util.get_node_ip_address = address
     try:
-        worker._Trainer._start(this, tiny_module(config))
+        worker._Trainer._start(this)
     except RunStop as stop:
         return re.sub(r"\S+/nodes/\d/clip", "clip", str(stop))  # on nodes it would be one path
     return "started"
