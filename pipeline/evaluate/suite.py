@@ -42,11 +42,9 @@ class RowSet(NamedTuple):
     split: str
 
 
-def row_sets(task: LinearProbeTask, val: str) -> tuple[RowSet, RowSet]:
+def row_sets(task: LinearProbeTask, val: RowSet) -> tuple[RowSet, RowSet]:
     """What a probe is fitted to and what it is tested on; `val` is data.val."""
-    test = (
-        RowSet("val", val, "") if task.test is None else RowSet("test", task.test, task.test_split)
-    )
+    test = val if task.test is None else RowSet("test", task.test, task.test_split)
     return RowSet("train", task.train, task.train_split), test
 
 
@@ -73,7 +71,7 @@ class Suite:
     recipe: Recipe
     classes: tuple[tuple[str, ...], ...]
     probed: Mapping[RowSet, Probed]
-    val: str
+    val: RowSet
     ingest_cpus: float
     task: str | None = None
 
@@ -194,8 +192,8 @@ def run_suite(
     metrics = dict(_measure(suite, match, rows, weights, ranks, device))
     if in_full:
         found = {
-            rows: embed(each.catalog, each.labels, each.max_rows)
-            for rows, each in suite.probed.items()
+            name: embed(each.catalog, each.labels, each.max_rows)
+            for name, each in suite.probed.items()
         }
         metrics |= dict(_probe(suite, found, world_size, rank))
     return metrics, _sample(suite, rows, weights, ranks)

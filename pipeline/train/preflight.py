@@ -225,7 +225,7 @@ def _suite(
         recipe=make_recipe(config, tokenizer, train=False, asked=asked),
         classes=classes,
         probed=probed,
-        val=config.data.val or "",
+        val=_val(config),
         ingest_cpus=config.cluster.ingest_cpus,
     )
 
@@ -426,36 +426,36 @@ def _read_classes(config: Config, val: Catalog | None) -> tuple[tuple[str, ...],
     return tuple(classes)
 
 
+def _val(config: Config) -> RowSet:
+    return RowSet("val", config.data.val or "", config.data.val_split)
+
+
 def _read_probed(config: Config) -> dict[RowSet, Probed]:
     """The sets that linear probes are fitted to and tested on, with their labels."""
-    data, tasks = config.data, config.evaluate.linear_probe
-    places: dict[RowSet, str] = {}
+    data, tasks, val = config.data, config.evaluate.linear_probe, _val(config)
+    places: dict[RowSet, str] = {val: "data.val"}
     labels: dict[RowSet, list[str]] = {}
     for index, task in enumerate(tasks):
-        for rows in row_sets(task, data.val or ""):
-            is_val = rows.role == "val"
-            place = "data.val" if is_val else f"evaluate.linear_probe.{index}.{rows.role}"
-            places.setdefault(rows, place)
+        for rows in row_sets(task, val):
+            places.setdefault(rows, f"evaluate.linear_probe.{index}.{rows.role}")
             labels.setdefault(rows, []).append(task.column)
     probed = {}
-    for rows, place in places.items():
-        is_val = rows.role == "val"
-        columns = tuple(dict.fromkeys(labels[rows]))
+    for rows, named in labels.items():
+        columns = tuple(dict.fromkeys(named))
         catalog = read_catalog(
-            rows.path, place, data.image_column, data.caption_column, columns,
-            data.val_split if is_val else rows.split,
-        )  # fmt: skip
-        most = config.evaluate.max_rows if is_val else catalog.num_rows
+            rows.path, places[rows], data.image_column, data.caption_column, columns, rows.split
+        )
+        most = config.evaluate.max_rows if rows == val else catalog.num_rows
         probed[rows] = Probed(catalog=catalog, max_rows=most, labels=columns)
     for index, task in enumerate(tasks):
-        train, test = (probed[rows].catalog for rows in row_sets(task, data.val or ""))
+        train, test = (probed[rows].catalog for rows in row_sets(task, val))
         _check_probe(f"evaluate.linear_probe.{index}", task, train, test)
     return probed
 
 
 def _check_probe(place: str, task: LinearProbeTask, train: Catalog, test: Catalog) -> None:
     """Whether there is enough to fit and to test, and nothing in both. Raises `UserError`."""
-    fitted, tested = ({shard.path for shard in each.shards if shard.num_rows}
+    fitted, tested = ({shard.path for shard in each.shards if any(shard.row_groups)}
                       for each in (train, test))  # fmt: skip
     splits = [set(each.sources[0].columns.split or ()) for each in (train, test)]
     shared = sorted(fitted & tested)

@@ -309,8 +309,10 @@ class _Trainer:
         """Begin with new weights, or with those of another run or of a model from elsewhere."""
         init = self.config.model.init
         module = build_module(self.config, self.job.tokenizer, self.job.asked)
+        if init is None:
+            return module
         place = f"rank {self.rank} on {ray.util.get_node_ip_address()}"
-        if init is None or load_on_all(partial(load_outside, module, init), init, gather, place):
+        if load_on_all(partial(load_outside, module, init), init, gather, place):
             return module
         run = starting_run(self.config)
         with _agreed(run, run.checkpoints()) as found:

@@ -18,6 +18,7 @@ from pipeline.evaluate.suite import RowSet, Suite, _probe, row_sets
 from tests.tiny import tiny_batch, tiny_pairs, tiny_tokenizer
 
 CPU = torch.device("cpu")
+VAL = RowSet("val", "/t", "auto")
 SHARES = [[4, 4, 4, 4, 3], [4, 4, 1]]  # for each rank the rows of its batches of four
 PROBES = (
     LinearProbeTask(column="half", train="/t", shots=(3, 5)),
@@ -56,14 +57,14 @@ def _suite(probes: tuple[LinearProbeTask, ...]) -> Suite:
         recipe=anything,
         classes=(),
         probed={},
-        val="/t",
+        val=VAL,
         ingest_cpus=1,
     )
 
 
 def _both(rows: Embedded) -> dict[RowSet, Embedded]:
     """The rows that a probe is fitted to and tested on."""
-    return dict.fromkeys(row_sets(PROBES[0], "/t"), rows)
+    return dict.fromkeys(row_sets(PROBES[0], VAL), rows)
 
 
 def _found(shares: list[list[int]]) -> dict[str, Any]:

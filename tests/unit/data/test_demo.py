@@ -9,11 +9,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -41,6 +39,7 @@ from pipeline.data.demo import (
     write_demo,
 )
 from pipeline.data.private import OWNERS, TEXTURES, Private, ground
+from tests.integration.run_cli import start, wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS = 300
@@ -493,15 +492,8 @@ def test_shards_are_written_by_processes_alike(
 
 @pytest.mark.parametrize("sign", ["ctrl-c", "kill"])
 def test_no_process_outlives_the_command(tmp_path: Path, sign: str) -> None:
-    command = [sys.executable, "-m", "pipeline.cli", "data", "demo", str(tmp_path / "set"),
-               "--rows", "100000"]  # fmt: skip
-    driver = subprocess.Popen(
-        command,
-        start_new_session=True,
-        # A shell starts what it puts in the background with SIGINT ignored, and children inherit.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    _wait_for(lambda: list(tmp_path.glob(".set-*/new/train/*.parquet")))
+    driver = start("data", "demo", str(tmp_path / "set"), "--rows", "100000")
+    wait_for(lambda: list(tmp_path.glob(".set-*/new/train/*.parquet")))
     if sign == "ctrl-c":
         for _ in range(2):  # as people do
             os.killpg(driver.pid, signal.SIGINT)
@@ -509,7 +501,7 @@ def test_no_process_outlives_the_command(tmp_path: Path, sign: str) -> None:
     else:
         driver.kill()
     driver.wait(60)
-    _wait_for(lambda: not _is_there(driver.pid))
+    wait_for(lambda: not _is_there(driver.pid))
     if sign == "ctrl-c":
         assert list(tmp_path.iterdir()) == []
 
@@ -523,13 +515,6 @@ def _is_there(group: int) -> bool:
             if os.getpgid(pid) == group:
                 return True
     return False
-
-
-def _wait_for(what: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_a_shard_that_cannot_be_written_ends_the_set(

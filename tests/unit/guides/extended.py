@@ -61,7 +61,7 @@ def _evaluate(config: Config) -> dict[str, float]:
         recipe=suite.make_recipe(config, tiny_tokenizer(), train=False),
         classes=(),
         probed={},
-        val="",
+        val=suite.RowSet("val", "", "auto"),
         ingest_cpus=1,
     )
     return suite.run_suite(what, module, CPU, 1, 0, in_full=False)[0]

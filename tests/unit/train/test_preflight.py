@@ -163,6 +163,14 @@ def test_a_probe_takes_its_parts_of_one_folder(pairs: dict[str, str], tmp_path: 
         "train": (20, 20),
         "test": (4, 4),
     }
+    alone = write_pairs(Path(path), 8, split=["test"] * 8) / "part-0.parquet"  # no row for training
+    write_pairs(tmp_path / "more", 9, split=["train"] * 9)
+    (tmp_path / "more" / "part-0.parquet").rename(Path(path) / "part-1.parquet")
+    probe = _probe(train=path, test=str(alone))
+    assert _probed(prepare(_config(pairs, tmp_path, evaluate=probe))) == {
+        "train": (9, 9),
+        "test": (8, 8),
+    }
 
 
 @pytest.mark.parametrize(
